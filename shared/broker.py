@@ -1,0 +1,402 @@
+"""The only importer of aio_pika: connect, declare, publish, consume.
+
+Three connections per process. Under a memory or disk alarm the broker stops reading from connections that publish, so
+consuming, durable publishing and transient publishing never share one. Durable publishes are persistent, mandatory,
+confirmed and limited in time. Work never runs inside a delivery callback: aio_pika cancels a running
+callback when its connection drops, so callbacks only put the delivery into a queue that a task of ours reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import aio_pika
+import aio_pika.abc
+import msgspec
+import structlog
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    ChannelInvalidStateError,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+    DeliveryError,
+    PublishError,
+)
+from opentelemetry.trace import SpanKind
+
+from shared import telemetry, topology
+from shared.messages import MAX_MESSAGE_BYTES, Message, decoder, encode, type_of
+from shared.outcomes import (
+    Done,
+    Dropped,
+    Outcome,
+    PublishRefused,
+    PublishUnknown,
+    Rejected,
+    RetryLater,
+    Unavailable,
+    Unroutable,
+)
+
+log = structlog.get_logger()
+
+HEARTBEAT_S = 10
+RECONNECT_INTERVAL_S = 0.5
+PUBLISH_TIMEOUT_S = 5.0
+
+Handler = Callable[["Delivery"], Awaitable[Outcome]]
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """One message taken from a queue. Whoever holds it acks it once, when its effect is done."""
+
+    message: Any
+    headers: Mapping[str, Any]
+    queue: str
+    redelivered: bool
+    _raw: aio_pika.abc.AbstractIncomingMessage | None
+    message_type: str = ""
+    """The AMQP `type` property as it came."""
+
+    async def ack(self) -> None:
+        """Ack; a lost connection is no error here: the broker delivers again, and effects are idempotent."""
+        if self._raw is None:
+            return
+        try:
+            await self._raw.ack()
+        except (ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            log.info("ack_lost", queue=self.queue, error=type(error).__name__)
+
+
+class Subscription:
+    """A consumer on one queue; `cancel` stops deliveries, what was delivered before stays to be settled."""
+
+    def __init__(self, queue: aio_pika.abc.AbstractQueue, channel: aio_pika.abc.AbstractChannel, tag: str) -> None:
+        self._queue = queue
+        self._channel = channel
+        self._tag = tag
+        self.cancelled = False
+
+    async def cancel(self) -> None:
+        if self.cancelled:
+            return
+        self.cancelled = True
+        try:
+            await self._queue.cancel(self._tag, timeout=PUBLISH_TIMEOUT_S)
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            log.info("consumer_cancel_lost", queue=self._queue.name, error=type(error).__name__)
+
+
+class Broker:
+    """A process's door to RabbitMQ. Build it with `Broker.open` inside the process's exit stack."""
+
+    def __init__(
+        self,
+        consuming: aio_pika.abc.AbstractRobustConnection,
+        publishing: aio_pika.abc.AbstractRobustConnection,
+        transient: aio_pika.abc.AbstractRobustConnection,
+    ) -> None:
+        self._consuming = consuming
+        self._publishing = publishing
+        self._transient = transient
+        self._confirmed: aio_pika.abc.AbstractRobustChannel
+        self._unconfirmed: aio_pika.abc.AbstractRobustChannel
+        self._declaring: aio_pika.abc.AbstractRobustChannel
+        self._events_confirmed: aio_pika.abc.AbstractExchange
+        self._events_unconfirmed: aio_pika.abc.AbstractExchange
+        self._connected_since_s = time.monotonic()
+
+    @classmethod
+    async def open(cls, url: str, name: str, stack: AsyncExitStack, *, timeout_s: float = 30.0) -> Broker:
+        """Connect, declare the static topology, and close with `stack`. Raises `Unavailable` after `timeout_s`."""
+        connections = []
+        for role in ("consume", "publish", "transient"):
+            connection = await _connect(url, f"{name}:{role}", timeout_s)
+            stack.push_async_callback(_close_quietly, connection)
+            connections.append(connection)
+        broker = cls(*connections)
+        await broker._open_channels()
+        await broker.declare(topology.STATIC_QUEUES)
+        return broker
+
+    async def _open_channels(self) -> None:
+        # Without on_return_raises a message to a missing queue is lost with a normal return value.
+        self._confirmed = await self._publishing.channel(publisher_confirms=True, on_return_raises=True)
+        self._unconfirmed = await self._transient.channel(publisher_confirms=False)
+        self._declaring = await self._publishing.channel()
+        name = topology.EVENTS_EXCHANGE
+        self._events_confirmed = await self._confirmed.declare_exchange(name, "topic", durable=True)
+        self._events_unconfirmed = await self._unconfirmed.declare_exchange(name, "topic", durable=True)
+        self._consuming.reconnect_callbacks.add(self._on_reconnect)
+
+    @property
+    def connected(self) -> bool:
+        """Whether all three connections are up at this moment."""
+        return all(
+            not c.is_closed and c.connected.is_set() and not c.reconnecting
+            for c in (self._consuming, self._publishing, self._transient)
+        )
+
+    def connected_for_s(self) -> float:
+        """Seconds since the consuming connection last came up; 0 while it is down."""
+        return time.monotonic() - self._connected_since_s if self.connected else 0.0
+
+    def _on_reconnect(self, *_: Any) -> None:
+        self._connected_since_s = time.monotonic()
+        log.info("broker_reconnected")
+
+    async def declare(self, queues: Iterable[topology.Queue]) -> None:
+        """Declare queues and their bindings. Other arguments under the same name raise (406): never delete to mend."""
+        for queue in queues:
+            await self._declare_on(self._declaring, queue)
+
+    async def _declare_on(
+        self, channel: aio_pika.abc.AbstractChannel, queue: topology.Queue
+    ) -> aio_pika.abc.AbstractQueue:
+        try:
+            declared = await channel.declare_queue(
+                queue.name, durable=True, arguments=dict(queue.arguments), timeout=PUBLISH_TIMEOUT_S
+            )
+            for key in queue.bindings:
+                await declared.bind(topology.EVENTS_EXCHANGE, key, timeout=PUBLISH_TIMEOUT_S)
+        except ChannelPreconditionFailed:
+            raise  # other arguments: the next try would end the same way, so it must not look like an absence
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            raise Unavailable(f"cannot declare {queue.name}: {error}") from error
+        return declared
+
+    async def depth(self, queue: topology.Queue) -> int:
+        """Return the number of ready messages. Raises `Unavailable`; a missing queue is declared and counts 0."""
+        declared = await self._declare_on(self._declaring, queue)
+        return int(declared.declaration_result.message_count or 0)
+
+    async def consumers(self, queue_name: str) -> int:
+        """Return how many consumers a queue has; 0 for a queue that does not exist. Raises `Unavailable`."""
+        try:
+            # A channel of its own: a passive declare of a missing queue closes the channel.
+            channel = await self._publishing.channel()
+            try:
+                queue = await channel.declare_queue(queue_name, passive=True, timeout=PUBLISH_TIMEOUT_S)
+                return int(queue.declaration_result.consumer_count or 0)
+            except ChannelNotFoundEntity:
+                return 0
+            finally:
+                await channel.close()
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            raise Unavailable(f"cannot look at {queue_name}: {error}") from error
+
+    async def delete(self, queue: topology.Queue) -> None:
+        """Delete a queue with what is in it. Idempotent."""
+        try:
+            await self._declaring.queue_delete(queue.name, timeout=PUBLISH_TIMEOUT_S)
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            raise Unavailable(f"cannot delete {queue.name}: {error}") from error
+
+    async def publish(
+        self, queue: topology.Queue | str, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S
+    ) -> None:
+        """Publish durably and wait for the broker's confirm.
+
+        Raises `PublishUnknown` (no answer in time: it may be in the queue), `PublishRefused` (queue full),
+        `Unroutable` (no such queue), `Unavailable` (not connected; certainly not sent).
+        """
+        name = queue if isinstance(queue, str) else queue.name
+        with telemetry.span(f"send {name}", kind=SpanKind.PRODUCER, attributes=_messaging(name, "send")):
+            await self._publish_confirmed(self._confirmed.default_exchange, name, message, timeout_s)
+
+    async def publish_event(self, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
+        """Publish a fact to the events exchange under its type, durably and confirmed; raises like `publish`."""
+        key = type_of(message)
+        await self._publish_confirmed(self._events_confirmed, key, message, timeout_s)
+
+    async def _publish_confirmed(
+        self, exchange: aio_pika.abc.AbstractExchange, key: str, message: Message, timeout_s: float
+    ) -> None:
+        body = encode(message)
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise PublishRefused(f"message of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
+        try:
+            await exchange.publish(_amqp(message, body, persistent=True), key, mandatory=True, timeout=timeout_s)
+        except TimeoutError as error:
+            raise PublishUnknown(f"no confirm for {key} within {timeout_s} s") from error
+        except PublishError as error:
+            raise Unroutable(key) from error
+        except DeliveryError as error:
+            raise PublishRefused(f"{key} refused the message") from error
+        except ChannelInvalidStateError as error:
+            raise Unavailable(f"not connected: {error}") from error
+        except CONNECTION_EXCEPTIONS as error:
+            # The connection went down while we waited for the confirm.
+            raise PublishUnknown(f"connection lost while publishing to {key}") from error
+
+    async def send(self, queue: topology.Queue | str, message: Message) -> None:
+        """Publish a transient message without a confirm; it is lost if no such queue exists (any more).
+
+        Not mandatory: without confirms the client library cannot tell which message came back. Whoever must know
+        that a receiver is gone asks `consumers`. Raises `Unavailable` when not connected.
+        """
+        name = queue if isinstance(queue, str) else queue.name
+        await self._send(self._unconfirmed.default_exchange, name, message)
+
+    async def send_event(self, message: Message) -> None:
+        """Publish a transient fact (reports, heartbeats) to the events exchange, without a confirm."""
+        await self._send(self._events_unconfirmed, type_of(message), message)
+
+    async def _send(self, exchange: aio_pika.abc.AbstractExchange, key: str, message: Message) -> None:
+        if not self.connected:
+            raise Unavailable("not connected")
+        try:
+            await exchange.publish(
+                _amqp(message, encode(message), persistent=False), key, mandatory=False, timeout=PUBLISH_TIMEOUT_S
+            )
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            raise Unavailable(f"not sent to {key}: {error}") from error
+
+    async def subscribe(
+        self,
+        queue: topology.Queue,
+        of: Any,
+        receive: Callable[[Delivery], None],
+        *,
+        prefetch: int,
+        no_ack: bool = False,
+    ) -> Subscription:
+        """Hand each decoded message to `receive` (quick, synchronous) and leave its settling to the holder.
+
+        An undecodable message goes to the dead-letter queue with the reason and is acked; `receive` never sees it.
+        With `of` None messages are the bodies as they came: for the dead-letter queue itself, which would otherwise
+        feed itself for ever.
+        """
+        channel = await self._consuming.channel(publisher_confirms=False)
+        await channel.set_qos(prefetch_count=prefetch)
+        declared = await self._declare_on(channel, queue)
+        decode: Callable[[bytes], Any] = bytes if of is None else decoder(of).decode
+
+        async def on_message(raw: aio_pika.abc.AbstractIncomingMessage) -> None:
+            try:
+                message = decode(raw.body)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                log.error("message_undecodable", queue=queue.name, error=str(error), message_type=raw.type)
+                if not no_ack and await self._bury(raw, queue.name, f"undecodable: {error}"):
+                    await raw.ack()
+                return
+            held = None if no_ack else raw
+            receive(Delivery(message, raw.headers, queue.name, bool(raw.redelivered), held, raw.type or ""))
+
+        tag = await declared.consume(on_message, no_ack=no_ack)
+        return Subscription(declared, channel, tag)
+
+    async def consume(self, queue: topology.Queue, of: Any, handler: Handler, *, prefetch: int = 16) -> None:
+        """Run `handler` for each message until cancelled, at most `prefetch` at once; settle by its outcome.
+
+        The order of the stack: decode (dead-letter), trace context, handler, outcome, ack. A handler that raises
+        anything but `Unavailable` has a bug: the message goes to the dead-letter queue, the service goes on.
+        """
+        waiting: asyncio.Queue[Delivery] = asyncio.Queue()
+        subscription = await self.subscribe(queue, of, waiting.put_nowait, prefetch=prefetch)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(prefetch):
+                    group.create_task(self._settle_each(waiting, handler))
+        finally:
+            await asyncio.shield(subscription.cancel())
+
+    async def _settle_each(self, waiting: asyncio.Queue[Delivery], handler: Handler) -> None:
+        while True:
+            await self.settle(await waiting.get(), handler)
+
+    async def settle(self, delivery: Delivery, handler: Handler) -> None:
+        """Call `handler` until it ends in something else than `RetryLater`, then ack (or bury and ack)."""
+        pause_s = 0.2
+        while True:
+            outcome = await self._outcome(delivery, handler)
+            match outcome:
+                case Done():
+                    break
+                case Dropped(reason):
+                    log.info("message_dropped", queue=delivery.queue, reason=reason)
+                    break
+                case Rejected(reason):
+                    if delivery._raw is None or await self._bury(delivery._raw, delivery.queue, reason):
+                        break
+                    await asyncio.sleep(1.0)
+                case RetryLater(reason, after_s):
+                    log.warning("message_retry", queue=delivery.queue, reason=reason, after_s=max(after_s, pause_s))
+                    await asyncio.sleep(max(after_s, pause_s))
+                    pause_s = min(pause_s * 2, 15.0)
+        await delivery.ack()
+
+    async def _outcome(self, delivery: Delivery, handler: Handler) -> Outcome:
+        with telemetry.remote_context(delivery.headers):
+            try:
+                return await handler(delivery)
+            except Unavailable as error:
+                return RetryLater(str(error))
+            except Exception as error:
+                log.exception("handler_failed", queue=delivery.queue)
+                return Rejected(f"{type(error).__name__} in handler")
+
+    async def _bury(self, raw: aio_pika.abc.AbstractIncomingMessage, queue: str, reason: str) -> bool:
+        headers = dict(raw.headers) | {"x-dead-reason": reason[:500], "x-dead-from": queue}
+        dead = aio_pika.Message(
+            raw.body,
+            headers=headers,
+            type=raw.type,
+            content_type=raw.content_type,
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        )
+        try:
+            await self._confirmed.default_exchange.publish(dead, topology.DEAD_QUEUE, timeout=PUBLISH_TIMEOUT_S)
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            log.error("message_not_buried", queue=queue, error=type(error).__name__)
+            return False
+        log.error("message_buried", queue=queue, reason=reason)
+        return True
+
+
+async def _connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.AbstractRobustConnection:
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return await aio_pika.connect_robust(
+                url,
+                timeout=5,
+                heartbeat=HEARTBEAT_S,
+                reconnect_interval=RECONNECT_INTERVAL_S,
+                client_properties={"connection_name": name},
+            )
+        except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+            if time.monotonic() > deadline_s:
+                raise Unavailable(f"cannot reach the broker: {type(error).__name__}: {error}") from error
+            await asyncio.sleep(RECONNECT_INTERVAL_S)
+
+
+async def _close_quietly(connection: aio_pika.abc.AbstractRobustConnection) -> None:
+    try:
+        await asyncio.wait_for(connection.close(), 5.0)
+    except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+        log.info("broker_close_failed", error=type(error).__name__)
+
+
+def _amqp(message: Message, body: bytes, *, persistent: bool) -> aio_pika.Message:
+    return aio_pika.Message(
+        body,
+        type=type_of(message),
+        content_type="application/json",
+        headers=telemetry.inject_headers() if persistent else None,
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
+    )
+
+
+def _messaging(destination: str, operation: str) -> dict[str, str]:
+    return {
+        telemetry.MESSAGING_SYSTEM: "rabbitmq",
+        telemetry.MESSAGING_DESTINATION: destination,
+        telemetry.MESSAGING_OPERATION: operation,
+    }

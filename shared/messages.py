@@ -1,0 +1,463 @@
+"""Every message that crosses the broker, as frozen structs with a versioned type tag.
+
+Commands are imperative, facts are past tense. Within a version fields may be added with a default; a new meaning gets
+a new tag. Unknown extra fields are ignored, missing ones refused. Times that cross processes are Unix milliseconds UTC;
+token ids are plain integers; money never travels in a message.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+Outcome = Literal["succeeded", "failed", "cancelled", "expired"]
+FinishReason = Literal["stop", "length"]
+WorkClass = Literal["live", "batch"]
+BillingMode = Literal["ppt", "resource"]
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
+    """Base of all messages; the tag is the AMQP `type` property too."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of the values inside messages."""
+
+
+# ---- jobs: owner -> queue -> worker -> owner
+
+
+class ModelRef(Part, frozen=True):
+    """Exactly which weights: a job names its revision and never gets another."""
+
+    model_id: str
+    revision: int
+    name: str
+    folder: str
+    """Path of the revision's folder below the model store, e.g. `mod_…/1`."""
+    signature: str
+
+
+class SamplingParams(Part, frozen=True):
+    """The engine's `Sampling`, field by field; ranges are checked by the gateway."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: list[tuple[int, float]] = []
+    seed: int = 0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    echo_logprobs: bool = False
+    """Log-probabilities of the prompt too (completions with `echo` and `logprobs`)."""
+
+
+class GenerateJob(Message, frozen=True, tag="job.generate.v1"):
+    """One inference request on its way. `choices` sequences share the prompt; choice i samples with seed + i."""
+
+    job_id: str
+    request_id: str
+    team_id: str
+    key_id: str
+    resource_id: str
+    billing: BillingMode
+    work_class: WorkClass
+    operation: Literal["chat", "text_completion"]
+    model_type: str
+    model: ModelRef
+    owner_queue: str
+    prompt_tokens: list[int]
+    max_tokens: int
+    accepted_unix_ms: int
+    deadline_unix_ms: int
+    choices: int = 1
+    sampling: SamplingParams = SamplingParams()
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+
+
+class JobClaimed(Message, frozen=True, tag="job.claimed.v1"):
+    """A worker asks the job's owner whether it may run the job."""
+
+    job_id: str
+    claim_id: str
+    worker_id: str
+    worker_queue: str
+
+
+class Granted(Message, frozen=True, tag="job.granted.v1"):
+    """The owner's yes. `prior_tokens[i]` are the tokens that the owner already has of choice i."""
+
+    job_id: str
+    claim_id: str
+    attempt: int
+    prior_tokens: list[list[int]]
+
+
+class Drop(Message, frozen=True, tag="job.drop.v1"):
+    """The owner's no; the worker acks the job and forgets it."""
+
+    job_id: str
+    claim_id: str
+    reason: Literal["unknown", "finished", "cancelled", "expired", "running_elsewhere", "poison"]
+
+
+class CancelJob(Message, frozen=True, tag="job.cancel.v1"):
+    """Stop this attempt within one engine step."""
+
+    job_id: str
+    attempt: int
+    reason: str
+
+
+class RepeatTokens(Message, frozen=True, tag="job.repeat_tokens.v1"):
+    """The owner saw a gap: send choice's tokens from `token_start` once more."""
+
+    job_id: str
+    attempt: int
+    choice: int
+    token_start: int
+
+
+class TokenLogprob(Part, frozen=True):
+    """Natural logs under the model's own distribution; `top` are the likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenDelta(Part, frozen=True):
+    """What one engine step added to one choice of one job. Text may lag behind tokens (held-back stop strings)."""
+
+    job_id: str
+    attempt: int
+    choice: int
+    token_start: int
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprob] = []
+    finish_reason: FinishReason | None = None
+
+
+class TokensGenerated(Message, frozen=True, tag="job.tokens.v1"):
+    """All deltas of one engine step for one owner."""
+
+    worker_id: str
+    deltas: list[TokenDelta]
+
+
+class Timings(Part, frozen=True):
+    """Milliseconds that the job spent in each stage, over all attempts that this worker ran."""
+
+    queue_ms: float = 0.0
+    swap_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+class ChoiceResult(Part, frozen=True):
+    """One choice's result: `tokens` are all of them, resumed ones included; `text` and `logprobs` are of this attempt
+    alone, which is enough to mend any gap."""
+
+    index: int
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = []
+
+
+class JobFinished(Message, frozen=True, tag="job.finished.v1"):
+    """The end of one attempt, told to the owner. `prompt_logprobs` only when they were asked for."""
+
+    job_id: str
+    attempt: int
+    worker_id: str
+    outcome: Outcome
+    error_code: str | None = None
+    error_message: str | None = None
+    choices: list[ChoiceResult] = []
+    prompt_logprobs: list[TokenLogprob] = []
+    timings: Timings = Timings()
+
+
+class WorkerBeat(Message, frozen=True, tag="worker.beat.v1"):
+    """Sign of life of a worker to one owner, naming the attempts of its jobs that it holds."""
+
+    worker_id: str
+    jobs: list[tuple[str, int]]
+
+
+class OwnerBeat(Message, frozen=True, tag="owner.beat.v1"):
+    """Sign of life of an owner to one worker, naming the jobs it still waits for."""
+
+    owner_queue: str
+    job_ids: list[str]
+
+
+# ---- facts about money
+
+
+class JobUsage(Message, frozen=True, tag="usage.job_finished.v1"):
+    """A worker's fact for billing: what one attempt published. No text and no token ids."""
+
+    event_id: str
+    job_id: str
+    attempt: int
+    request_id: str
+    team_id: str
+    key_id: str
+    resource_id: str
+    worker_id: str
+    billing: BillingMode
+    work_class: WorkClass
+    operation: str
+    model_type: str
+    model_id: str
+    model_name: str
+    revision: int
+    outcome: Outcome
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_ran: bool
+    accepted_unix_ms: int
+    finished_unix_ms: int
+    error_code: str | None = None
+    first_token_unix_ms: int | None = None
+    timings: Timings = Timings()
+
+
+class JobVoided(Message, frozen=True, tag="usage.job_voided.v1"):
+    """A gateway's fact for billing: its client did not get the granted finish; this much was delivered."""
+
+    event_id: str
+    job_id: str
+    request_id: str
+    team_id: str
+    key_id: str
+    resource_id: str
+    billing: BillingMode
+    work_class: WorkClass
+    operation: str
+    model_type: str
+    model_id: str
+    model_name: str
+    revision: int
+    reason: Literal["client_gone", "deadline", "failed", "never_published"]
+    prompt_tokens: int
+    delivered_tokens: int
+    accepted_unix_ms: int
+    voided_unix_ms: int
+    error_code: str | None = None
+
+
+# ---- resources: gateway -> scheduler, billing
+
+
+class CommandResult(Message, frozen=True, tag="command.result.v1"):
+    """The one answer to a command; repeated as it was when the command comes again."""
+
+    command_id: str
+    ok: bool
+    code: str = "ok"
+    message: str = ""
+    body: dict[str, Any] = {}
+
+
+class Command(Message, frozen=True):
+    """Fields that every command has. A command that arrives after its deadline is dropped, not run."""
+
+    command_id: str
+    deadline_unix_ms: int
+    reply_queue: str
+    actor: str
+
+
+class CreateOption(Command, frozen=True, tag="option.create.v1"):
+    """Platform only. One hardware configuration for a model type."""
+
+    model_type: str
+    name: str
+    device_kind: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16", "int8"]
+    max_batch: int
+    max_context_tokens: int
+    kv_tokens: int
+    hourly_rate_nanousd: int
+
+
+class CreateResource(Command, frozen=True, tag="resource.create.v1"):
+    team_id: str
+    name: str
+    model_type: str
+    option_id: str
+    fixed_count: int
+    pool: bool = False
+
+
+class ScaleResource(Command, frozen=True, tag="resource.scale.v1"):
+    team_id: str
+    resource_id: str
+    fixed_count: int
+
+
+class TurnOnResource(Command, frozen=True, tag="resource.turn_on.v1"):
+    team_id: str
+    resource_id: str
+
+
+class TurnOffResource(Command, frozen=True, tag="resource.turn_off.v1"):
+    team_id: str
+    resource_id: str
+
+
+class DeleteResource(Command, frozen=True, tag="resource.delete.v1"):
+    team_id: str
+    resource_id: str
+
+
+class SetPrice(Command, frozen=True, tag="price.set.v1"):
+    """Platform only. Price version of a model type's tokens from `starts_unix_ms` on."""
+
+    model_type: str
+    work_class: WorkClass
+    prompt_nanousd: int
+    completion_nanousd: int
+    starts_unix_ms: int
+
+
+# ---- scheduler <-> node agent <-> worker
+
+
+class WorkerSpec(Part, frozen=True):
+    """All that a worker process needs to know of its place; handed to it as one JSON argument."""
+
+    worker_id: str
+    resource_id: str
+    place: int
+    incarnation: str
+    pool: bool
+    model_type: str
+    precision: Literal["fp32", "bf16", "int8"]
+    device_kind: Literal["cpu", "cuda"]
+    max_batch: int
+    max_context_tokens: int
+    kv_tokens: int
+    preload: list[ModelRef] = []
+    """Models to have resident before the worker says that it is ready; the first come first, as memory allows."""
+
+
+class StartWorker(Message, frozen=True, tag="node.start_worker.v1"):
+    """Idempotent by incarnation: an incarnation that the agent ever knew is not started again."""
+
+    node_id: str
+    epoch: int
+    deadline_unix_ms: int
+    spec: WorkerSpec
+
+
+class StopWorker(Message, frozen=True, tag="node.stop_worker.v1"):
+    """SIGTERM, then SIGKILL after `grace_s`. An unknown incarnation is remembered as exited, so it never starts later."""
+
+    node_id: str
+    epoch: int
+    incarnation: str
+    grace_s: float
+
+
+class DrainWorker(Message, frozen=True, tag="worker.drain.v1"):
+    """Finish what runs, give back the rest, leave."""
+
+    worker_id: str
+    incarnation: str
+
+
+class NodeDevice(Part, frozen=True):
+    device: str
+    kind: Literal["cpu", "cuda"]
+    incarnation: str | None = None
+
+
+class NodeProcess(Part, frozen=True):
+    incarnation: str
+    resource_id: str
+    place: int
+    device: str
+    pid: int
+    start_ticks: int
+    state: Literal["running", "exited"]
+    exit_code: int | None = None
+    reason: str = ""
+
+
+class NodeReport(Message, frozen=True, tag="node.report.v1"):
+    """All that a node agent knows, every second and at once on a change. Exited processes stay listed for ten minutes."""
+
+    node_id: str
+    agent_id: str
+    sent_unix_ms: int
+    devices: list[NodeDevice]
+    processes: list[NodeProcess]
+
+
+WorkerPhase = Literal["starting", "loading", "warming", "ready", "draining", "drained"]
+
+
+class ResidentModel(Part, frozen=True):
+    model_id: str
+    revision: int
+    state: Literal["loading", "ready", "evicting", "failed"]
+
+
+class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
+    """A worker's own state, every second and at once on a change of phase."""
+
+    worker_id: str
+    resource_id: str
+    place: int
+    incarnation: str
+    phase: WorkerPhase
+    sent_unix_ms: int
+    running_jobs: int = 0
+    held_jobs: int = 0
+    remaining_tokens: int = 0
+    tokens_per_s: float = 0.0
+    models: list[ResidentModel] = []
+    detail: str = ""
+
+
+JobQueueMessage = GenerateJob
+ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | CommandResult
+WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker
+NodeCommand = StartWorker | StopWorker
+UsageEvent = JobUsage | JobVoided
+FleetEvent = NodeReport | WorkerReport
+SchedulerCommand = CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
+BillingCommand = SetPrice
+
+M = TypeVar("M")
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """Return the message's JSON bytes."""
+    return _encoder.encode(message)
+
+
+def type_of(message: Message) -> str:
+    """Return the type tag, e.g. `job.generate.v1`."""
+    return str(message.__struct_config__.tag)
+
+
+def decoder(of: Any) -> msgspec.json.Decoder[Any]:
+    """Return a strict decoder for one message type or a union of them; it raises `msgspec.ValidationError`."""
+    return msgspec.json.Decoder(of)
