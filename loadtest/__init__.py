@@ -1,0 +1,1 @@
+"""Measures and checks a running Roundhouse from outside: `python -m loadtest.NAME`."""

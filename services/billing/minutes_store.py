@@ -1,0 +1,76 @@
+"""SQL of minutes: reads the scheduler's published intervals, keeps what was posted of each seat, hour and rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.billing.instants import from_unix_us, to_unix_us
+from services.billing.minutes import HourKey, LiveInterval, MinutePosting, PostedMinutes
+from shared.database import Connection
+
+
+async def last_posted_hour_us(connection: Connection) -> int | None:
+    """The newest hour that anything was posted for; None before the first posting."""
+    hour = await connection.fetchval("SELECT max(hour) FROM billing.minute_charges")
+    return None if hour is None else to_unix_us(hour)
+
+
+async def load_intervals(connection: Connection, first_us: int) -> list[LiveInterval]:
+    """All intervals that reach beyond `first_us`. Pools are left out: the platform owns them, tokens pay for them."""
+    rows = await connection.fetch(
+        """
+        SELECT resource_id, team_id, place, hourly_rate_nanousd, started_at, proved_until
+        FROM scheduler_api.intervals_v1 WHERE proved_until > $1 AND NOT pool
+        """,
+        from_unix_us(first_us),
+    )
+    return [
+        LiveInterval(
+            resource_id=row["resource_id"],
+            team_id=row["team_id"],
+            place=row["place"],
+            hourly_rate_nanousd=row["hourly_rate_nanousd"],
+            started_us=to_unix_us(row["started_at"]),
+            proved_us=to_unix_us(row["proved_until"]),
+        )
+        for row in rows
+    ]
+
+
+async def load_posted(connection: Connection, first_us: int) -> dict[HourKey, PostedMinutes]:
+    """What was posted for the hours from `first_us` on."""
+    rows = await connection.fetch(
+        "SELECT * FROM billing.minute_charges WHERE hour >= $1", from_unix_us(first_us)
+    )
+    return {
+        HourKey(
+            row["resource_id"], row["place"], to_unix_us(row["hour"]), row["hourly_rate_nanousd"]
+        ): PostedMinutes(row["team_id"], row["minutes"], row["posted_nanousd"], row["postings"])
+        for row in rows
+    }
+
+
+async def save_posted(connection: Connection, postings: Sequence[MinutePosting]) -> None:
+    """Remember what the ledger has now, in the transaction that posts it."""
+    await connection.executemany(
+        """
+        INSERT INTO billing.minute_charges
+            (resource_id, place, hour, hourly_rate_nanousd, team_id, minutes, posted_nanousd, postings)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        ON CONFLICT (resource_id, place, hour, hourly_rate_nanousd) DO UPDATE
+            SET minutes = EXCLUDED.minutes, posted_nanousd = EXCLUDED.posted_nanousd, postings = EXCLUDED.postings
+        """,
+        [
+            (
+                posting.key.resource_id,
+                posting.key.place,
+                from_unix_us(posting.key.hour_us),
+                posting.key.hourly_rate_nanousd,
+                posting.team_id,
+                posting.minutes,
+                posting.amount_nanousd,
+                posting.posting_no,
+            )
+            for posting in postings
+        ],
+    )

@@ -1,0 +1,19 @@
+"""What the billing service reads from its environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.settings import CommonSettings, env
+
+
+@dataclass(frozen=True, kw_only=True)
+class BillingSettings(CommonSettings):
+    database_url: str = env("DATABASE_URL", secret=True)
+    minutes_interval_s: float = env("BILLING_MINUTES_INTERVAL_S", 20.0, low=0.1, high=60.0)
+    """At most a minute, so that a balance is never more than a minute or so old."""
+    minutes_lookback_h: int = env("BILLING_MINUTES_LOOKBACK_H", 720, low=3, high=24 * 366)
+    """How far back the first pass after a long outage looks for unposted minutes."""
+    sweep_interval_s: float = env("BILLING_SWEEP_INTERVAL_S", 30.0, low=0.1, high=3600.0)
+    """Between two rounds of: charge what had no price, check the ledger, delete old requests."""
+    request_retention_days: int = env("BILLING_REQUEST_RETENTION_DAYS", 30, low=1, high=3660)
