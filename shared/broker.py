@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ log = structlog.get_logger()
 HEARTBEAT_S = 10
 RECONNECT_INTERVAL_S = 0.5
 PUBLISH_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+"""Closing a channel is a courtesy; on a connection that is frozen the heartbeat ends all of them."""
 
 Handler = Callable[["Delivery"], Awaitable[Outcome]]
 
@@ -71,13 +73,15 @@ class Delivery:
         try:
             await self._raw.ack()
         except (ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
-            log.info("ack_lost", queue=self.queue, error=type(error).__name__)
+            log.debug("ack_lost", queue=self.queue, error=type(error).__name__)
 
 
 class Subscription:
     """A consumer on one queue; `cancel` stops deliveries, what was delivered before stays to be settled."""
 
-    def __init__(self, queue: aio_pika.abc.AbstractQueue, channel: aio_pika.abc.AbstractChannel, tag: str) -> None:
+    def __init__(
+        self, queue: aio_pika.abc.AbstractQueue, channel: aio_pika.abc.AbstractChannel, tag: str
+    ) -> None:
         self._queue = queue
         self._channel = channel
         self._tag = tag
@@ -110,7 +114,7 @@ class Broker:
         self._declaring: aio_pika.abc.AbstractRobustChannel
         self._events_confirmed: aio_pika.abc.AbstractExchange
         self._events_unconfirmed: aio_pika.abc.AbstractExchange
-        self._connected_since_s = time.monotonic()
+        self._connected_since_s: float | None = time.monotonic()
 
     @classmethod
     async def open(cls, url: str, name: str, stack: AsyncExitStack, *, timeout_s: float = 30.0) -> Broker:
@@ -126,26 +130,34 @@ class Broker:
         return broker
 
     async def _open_channels(self) -> None:
-        # Without on_return_raises a message to a missing queue is lost with a normal return value.
-        self._confirmed = await self._publishing.channel(publisher_confirms=True, on_return_raises=True)
-        self._unconfirmed = await self._transient.channel(publisher_confirms=False)
-        self._declaring = await self._publishing.channel()
-        name = topology.EVENTS_EXCHANGE
-        self._events_confirmed = await self._confirmed.declare_exchange(name, "topic", durable=True)
-        self._events_unconfirmed = await self._unconfirmed.declare_exchange(name, "topic", durable=True)
+        async with _in_time("cannot open channels"):
+            # Without on_return_raises a message to a missing queue is lost with a normal return value.
+            self._confirmed = await self._publishing.channel(publisher_confirms=True, on_return_raises=True)
+            self._unconfirmed = await self._transient.channel(publisher_confirms=False)
+            self._declaring = await self._publishing.channel()
+            name = topology.EVENTS_EXCHANGE
+            self._events_confirmed = await self._confirmed.declare_exchange(name, "topic", durable=True)
+            self._events_unconfirmed = await self._unconfirmed.declare_exchange(name, "topic", durable=True)
         self._consuming.reconnect_callbacks.add(self._on_reconnect)
+        self._consuming.close_callbacks.add(self._on_close)
 
     @property
     def connected(self) -> bool:
-        """Whether all three connections are up at this moment."""
+        """Whether all three connections are up at this moment, and what publishes on them is open again."""
         return all(
             not c.is_closed and c.connected.is_set() and not c.reconnecting
             for c in (self._consuming, self._publishing, self._transient)
-        )
+        ) and not any(c.is_closed for c in (self._confirmed, self._unconfirmed, self._declaring))
 
     def connected_for_s(self) -> float:
         """Seconds since the consuming connection last came up; 0 while it is down."""
-        return time.monotonic() - self._connected_since_s if self.connected else 0.0
+        # The connection counts as up a moment before its channels are restored: until then it is still "lost" here.
+        since_s = self._connected_since_s
+        return time.monotonic() - since_s if since_s is not None and self.connected else 0.0
+
+    def _on_close(self, _connection: Any, error: BaseException | None) -> None:
+        self._connected_since_s = None
+        log.warning("broker_connection_lost", error=type(error).__name__)
 
     def _on_reconnect(self, *_: Any) -> None:
         self._connected_since_s = time.monotonic()
@@ -159,16 +171,10 @@ class Broker:
     async def _declare_on(
         self, channel: aio_pika.abc.AbstractChannel, queue: topology.Queue
     ) -> aio_pika.abc.AbstractQueue:
-        try:
-            declared = await channel.declare_queue(
-                queue.name, durable=True, arguments=dict(queue.arguments), timeout=PUBLISH_TIMEOUT_S
-            )
+        async with _in_time(f"cannot declare {queue.name}"):
+            declared = await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
             for key in queue.bindings:
-                await declared.bind(topology.EVENTS_EXCHANGE, key, timeout=PUBLISH_TIMEOUT_S)
-        except ChannelPreconditionFailed:
-            raise  # other arguments: the next try would end the same way, so it must not look like an absence
-        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
-            raise Unavailable(f"cannot declare {queue.name}: {error}") from error
+                await declared.bind(topology.EVENTS_EXCHANGE, key)
         return declared
 
     async def depth(self, queue: topology.Queue) -> int:
@@ -176,27 +182,22 @@ class Broker:
         declared = await self._declare_on(self._declaring, queue)
         return int(declared.declaration_result.message_count or 0)
 
+    async def delete(self, queue: topology.Queue) -> None:
+        """Delete a queue with what is in it. Idempotent. Raises `Unavailable`."""
+        async with _in_time(f"cannot delete {queue.name}"):
+            await self._declaring.queue_delete(queue.name)
+
     async def consumers(self, queue_name: str) -> int:
         """Return how many consumers a queue has; 0 for a queue that does not exist. Raises `Unavailable`."""
-        try:
+        async with AsyncExitStack() as stack, _in_time(f"cannot look at {queue_name}"):
             # A channel of its own: a passive declare of a missing queue closes the channel.
             channel = await self._publishing.channel()
+            stack.push_async_callback(_close_channel, channel)
             try:
-                queue = await channel.declare_queue(queue_name, passive=True, timeout=PUBLISH_TIMEOUT_S)
-                return int(queue.declaration_result.consumer_count or 0)
+                queue = await channel.declare_queue(queue_name, passive=True)
             except ChannelNotFoundEntity:
                 return 0
-            finally:
-                await channel.close()
-        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
-            raise Unavailable(f"cannot look at {queue_name}: {error}") from error
-
-    async def delete(self, queue: topology.Queue) -> None:
-        """Delete a queue with what is in it. Idempotent."""
-        try:
-            await self._declaring.queue_delete(queue.name, timeout=PUBLISH_TIMEOUT_S)
-        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
-            raise Unavailable(f"cannot delete {queue.name}: {error}") from error
+            return int(queue.declaration_result.consumer_count or 0)
 
     async def publish(
         self, queue: topology.Queue | str, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S
@@ -222,7 +223,9 @@ class Broker:
         if len(body) > MAX_MESSAGE_BYTES:
             raise PublishRefused(f"message of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
         try:
-            await exchange.publish(_amqp(message, body, persistent=True), key, mandatory=True, timeout=timeout_s)
+            # The library's own time-out does not cover its wait for a connection.
+            async with asyncio.timeout(timeout_s):
+                await exchange.publish(_amqp(message, body, persistent=True), key, mandatory=True)
         except TimeoutError as error:
             raise PublishUnknown(f"no confirm for {key} within {timeout_s} s") from error
         except PublishError as error:
@@ -251,12 +254,8 @@ class Broker:
     async def _send(self, exchange: aio_pika.abc.AbstractExchange, key: str, message: Message) -> None:
         if not self.connected:
             raise Unavailable("not connected")
-        try:
-            await exchange.publish(
-                _amqp(message, encode(message), persistent=False), key, mandatory=False, timeout=PUBLISH_TIMEOUT_S
-            )
-        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
-            raise Unavailable(f"not sent to {key}: {error}") from error
+        async with _in_time(f"not sent to {key}"):
+            await exchange.publish(_amqp(message, encode(message), persistent=False), key, mandatory=False)
 
     async def subscribe(
         self,
@@ -271,11 +270,8 @@ class Broker:
 
         An undecodable message goes to the dead-letter queue with the reason and is acked; `receive` never sees it.
         With `of` None messages are the bodies as they came: for the dead-letter queue itself, which would otherwise
-        feed itself for ever.
+        feed itself for ever. Raises `Unavailable`.
         """
-        channel = await self._consuming.channel(publisher_confirms=False)
-        await channel.set_qos(prefetch_count=prefetch)
-        declared = await self._declare_on(channel, queue)
         decode: Callable[[bytes], Any] = bytes if of is None else decoder(of).decode
 
         async def on_message(raw: aio_pika.abc.AbstractIncomingMessage) -> None:
@@ -289,7 +285,13 @@ class Broker:
             held = None if no_ack else raw
             receive(Delivery(message, raw.headers, queue.name, bool(raw.redelivered), held, raw.type or ""))
 
-        tag = await declared.consume(on_message, no_ack=no_ack)
+        async with AsyncExitStack() as stack, _in_time(f"cannot consume {queue.name}"):
+            channel = await self._consuming.channel(publisher_confirms=False)
+            stack.push_async_callback(_close_channel, channel)
+            await channel.set_qos(prefetch_count=prefetch)
+            declared = await self._declare_on(channel, queue)
+            tag = await declared.consume(on_message, no_ack=no_ack)
+            stack.pop_all()  # it worked: the channel stays open
         return Subscription(declared, channel, tag)
 
     async def consume(self, queue: topology.Queue, of: Any, handler: Handler, *, prefetch: int = 16) -> None:
@@ -327,7 +329,9 @@ class Broker:
                         break
                     await asyncio.sleep(1.0)
                 case RetryLater(reason, after_s):
-                    log.warning("message_retry", queue=delivery.queue, reason=reason, after_s=max(after_s, pause_s))
+                    log.warning(
+                        "message_retry", queue=delivery.queue, reason=reason, after_s=max(after_s, pause_s)
+                    )
                     await asyncio.sleep(max(after_s, pause_s))
                     pause_s = min(pause_s * 2, 15.0)
         await delivery.ack()
@@ -352,7 +356,8 @@ class Broker:
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
         )
         try:
-            await self._confirmed.default_exchange.publish(dead, topology.DEAD_QUEUE, timeout=PUBLISH_TIMEOUT_S)
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                await self._confirmed.default_exchange.publish(dead, topology.DEAD_QUEUE)
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.error("message_not_buried", queue=queue, error=type(error).__name__)
             return False
@@ -377,6 +382,29 @@ async def _connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.Abstra
             await asyncio.sleep(RECONNECT_INTERVAL_S)
 
 
+@asynccontextmanager
+async def _in_time(failing: str) -> AsyncIterator[None]:
+    """Bound the body, and turn what means that the broker is away into `Unavailable`.
+
+    The library's own time-outs cover the answer only: it waits without end for a connection and for new channels.
+    """
+    try:
+        async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+            yield
+    except ChannelPreconditionFailed:
+        raise  # other arguments: the next try would end the same way, so it must not look like an absence
+    except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+        raise Unavailable(f"{failing}: {error or type(error).__name__}") from error
+
+
+async def _close_channel(channel: aio_pika.abc.AbstractChannel) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await channel.close()
+    except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+        log.info("channel_close_lost", error=type(error).__name__)
+
+
 async def _close_quietly(connection: aio_pika.abc.AbstractRobustConnection) -> None:
     try:
         await asyncio.wait_for(connection.close(), 5.0)
@@ -390,7 +418,9 @@ def _amqp(message: Message, body: bytes, *, persistent: bool) -> aio_pika.Messag
         type=type_of(message),
         content_type="application/json",
         headers=telemetry.inject_headers() if persistent else None,
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT
+        if persistent
+        else aio_pika.DeliveryMode.NOT_PERSISTENT,
     )
 
 

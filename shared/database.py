@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
@@ -19,7 +19,9 @@ from shared.outcomes import Unavailable
 log = structlog.get_logger()
 T = TypeVar("T")
 # The stubs make these generic; the classes themselves cannot be subscripted.
-Connection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record] | asyncpg.Connection[asyncpg.Record]"
+Connection: TypeAlias = (
+    "asyncpg.pool.PoolConnectionProxy[asyncpg.Record] | asyncpg.Connection[asyncpg.Record]"
+)
 
 DATABASE_ERRORS = (
     OSError,
@@ -30,6 +32,7 @@ DATABASE_ERRORS = (
     asyncpg.OperatorInterventionError,
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.QueryCanceledError,
     asyncpg.LockNotAvailableError,
 )
@@ -114,7 +117,9 @@ class Database:
     def _abandon(task: asyncio.Future[Any], held: list[Connection]) -> None:
         # The session may be frozen: it is cut, since a polite cancel would wait for the server.
         for connection in held:
-            connection.terminate()
+            # One that was given back to the pool at this very moment refuses, and needs no cutting.
+            with suppress(asyncpg.InterfaceError):
+                connection.terminate()
         task.add_done_callback(_forget)
         task.cancel()
 

@@ -13,5 +13,11 @@ def new_id(prefix: str) -> str:
     """Return `<prefix>_<32 hex digits>`: 48 bits of Unix milliseconds, then 74 random bits (RFC 9562, version 7)."""
     stamp = time.time_ns() // 1_000_000
     random_bits = int.from_bytes(os.urandom(10), "big")
-    value = (stamp << 80) | (0x7 << 76) | ((random_bits >> 68 & 0xFFF) << 64) | (0b10 << 62) | (random_bits & (1 << 62) - 1)
+    value = (
+        (stamp << 80)
+        | (0x7 << 76)
+        | ((random_bits >> 68 & 0xFFF) << 64)
+        | (0b10 << 62)
+        | (random_bits & (1 << 62) - 1)
+    )
     return f"{prefix}_{value:032x}"

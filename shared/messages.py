@@ -440,7 +440,9 @@ WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWor
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
 FleetEvent = NodeReport | WorkerReport
-SchedulerCommand = CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
+SchedulerCommand = (
+    CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
+)
 BillingCommand = SetPrice
 
 M = TypeVar("M")

@@ -41,6 +41,10 @@ HOLDER_SILENCE_S = 2.0
 LOST_SILENCE_S = 8.0
 """No word from a holder and no new claim: the message itself is lost, so the owner publishes the job again."""
 
+UNKNOWN_PUBLISH_S = 1.0
+"""A job whose publish was never confirmed is published again once the owner's connection is up this long: if it was in
+the queue after all, the second copy's claim is refused."""
+
 REPEAT_INTERVAL_S = 0.5
 """At most one request per choice and interval to repeat missing tokens."""
 
@@ -91,7 +95,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Republish:
-    """Put the job into its queue again: its message is lost."""
+    """Put the job into its queue again: its message is lost, or may be."""
 
 
 Action = Send | Deliver | End | Republish
@@ -154,7 +158,11 @@ def decide_claim(
     """
     if state in TERMINAL:  # 1
         return Refuse(
-            "cancelled" if state is JobState.CANCELLED else "expired" if state is JobState.EXPIRED else "finished"
+            "cancelled"
+            if state is JobState.CANCELLED
+            else "expired"
+            if state is JobState.EXPIRED
+            else "finished"
         )
     if now_s >= deadline_s:  # 2
         return Refuse("expired")
@@ -180,7 +188,8 @@ class OwnedJob:
         self.state = JobState.QUEUED
         self.attempt = 0
         self.deadline_s = deadline_s
-        self.submitted_s = now_s
+        self.publish_confirmed = True
+        """Set to False by the owner when the broker's confirm did not come, and back when one did."""
         self._holder: _Holder | None = None
         self._choices = [_Choice() for _ in range(job.choices)]
         self._waiting: dict[str, tuple[JobClaimed, float]] = {}
@@ -262,7 +271,11 @@ class OwnedJob:
 
     def on_delta(self, worker_id: str, delta: TokenDelta, now_s: float) -> list[Action]:
         """Take new tokens from the granted attempt, by index: doubles are ignored, gaps are asked for."""
-        if self.over or not self._holds(worker_id, delta.attempt) or not 0 <= delta.choice < len(self._choices):
+        if (
+            self.over
+            or not self._holds(worker_id, delta.attempt)
+            or not 0 <= delta.choice < len(self._choices)
+        ):
             return []
         self._heard(now_s)
         choice = self._choices[delta.choice]
@@ -334,7 +347,7 @@ class OwnedJob:
         )
 
     def on_tick(self, now_s: float, connected_for_s: float) -> list[Action]:
-        """Answer held claims, end at the deadline, notice a lost message.
+        """Answer held claims, end at the deadline, notice a message that is lost or never arrived.
 
         connected_for_s: how long the owner's own connection is up; its own silence says nothing about workers.
         """
@@ -346,6 +359,9 @@ class OwnedJob:
         silent_s = min(now_s - self._last_activity_s, connected_for_s)
         if self.state is JobState.RUNNING and silent_s > LOST_SILENCE_S:
             self._last_activity_s = now_s
+            actions.append(Republish())
+        unknown = self.state is JobState.QUEUED and not self.publish_confirmed
+        if unknown and connected_for_s > UNKNOWN_PUBLISH_S:
             actions.append(Republish())
         return actions
 

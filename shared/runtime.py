@@ -123,7 +123,9 @@ async def _serve_ops(life: Lifetime, common: CommonSettings) -> None:
 
     async def readyz(_request: web.Request) -> web.Response:
         missing = life.not_ready()
-        return web.json_response({"ready": not missing, "waiting_for": missing}, status=503 if missing else 200)
+        return web.json_response(
+            {"ready": not missing, "waiting_for": missing}, status=503 if missing else 200
+        )
 
     async def metrics(_request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -7,6 +7,7 @@ Each service declares a frozen dataclass whose fields are made with `env(...)`. 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,10 +26,14 @@ def env(
     *,
     low: float | None = None,
     high: float | None = None,
+    choices: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
-    """Declare a field that is read from `variable`. Numbers may be bounded; without a default it is required."""
-    metadata = {"variable": variable, "low": low, "high": high, "secret": secret}
+    """Declare a field that is read from `variable`; without a default it is required.
+
+    Numbers may be bounded. Text may be limited to `choices`: any case is taken, and the value is the choice's spelling.
+    """
+    metadata = {"variable": variable, "low": low, "high": high, "choices": choices, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -39,7 +44,7 @@ class CommonSettings:
     amqp_url: str = env("AMQP_URL", secret=True)
     ops_host: str = env("OPS_HOST", "127.0.0.1")
     ops_port: int = env("OPS_PORT", low=0, high=65535)
-    log_level: str = env("LOG_LEVEL", "INFO")
+    log_level: str = env("LOG_LEVEL", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     drain_timeout_s: float = env("DRAIN_TIMEOUT_S", 30.0, low=0.0, high=3600.0)
 
 
@@ -94,9 +99,19 @@ def _parse(raw: str, kind: Any, metadata: Mapping[str, Any]) -> Any:
         raise ValueError(f"is not a valid {getattr(kind, '__name__', kind)}") from error
     low, high = metadata["low"], metadata["high"]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        inside = (low is None or value >= low) and (high is None or value <= high)
+        if not inside or math.isnan(value):
             raise ValueError(f"must be between {low} and {high}")
+    if metadata["choices"]:
+        return _choose(value, metadata["choices"])
     return value
+
+
+def _choose(raw: str, choices: tuple[str, ...]) -> str:
+    for choice in choices:
+        if raw.lower() == choice.lower():
+            return choice
+    raise ValueError(f"must be one of {', '.join(choices)}")
 
 
 def _parse_bool(raw: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
 from opentelemetry.sdk.resources import Resource
@@ -62,7 +62,9 @@ _REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 1
 _METRICS_PUSH_MS = 15_000  # as often as Prometheus looks
 
 _propagator = TraceContextTextMapPropagator()
-_SECRETS = re.compile(r"(sk-[A-Za-z0-9_]{4})[A-Za-z0-9_-]+|(://[^/:@\s]*:)[^@/\s]+(@)|(Bearer\s+)\S+", re.IGNORECASE)
+_SECRETS = re.compile(
+    r"(sk-[A-Za-z0-9_]{4})[A-Za-z0-9_-]+|(://[^/:@\s]*:)[^@/\s]+(@)|(Bearer\s+)\S+", re.IGNORECASE
+)
 
 
 def setup(service: str, *, log_level: str = "INFO") -> None:
@@ -71,7 +73,9 @@ def setup(service: str, *, log_level: str = "INFO") -> None:
     # Process numbers alone are the same in many containers.
     instance = f"{socket.gethostname()}:{os.getpid()}"
     resource = Resource.create({"service.name": f"roundhouse-{service}", "service.instance.id": instance})
-    exporting = "OTEL_EXPORTER_OTLP_ENDPOINT" in os.environ or "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in os.environ
+    exporting = (
+        "OTEL_EXPORTER_OTLP_ENDPOINT" in os.environ or "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT" in os.environ
+    )
     # Without a collector spans are not recorded, but logs and ledger rows still carry the trace's id.
     provider = TracerProvider(resource=resource) if exporting else TracerProvider(ALWAYS_OFF, resource)
     if exporting:
@@ -87,16 +91,20 @@ def setup(service: str, *, log_level: str = "INFO") -> None:
             (REQUEST_DURATION, _REQUEST_BUCKETS_S),
             (TIME_TO_FIRST_TOKEN, _REQUEST_BUCKETS_S),
             (TIME_PER_OUTPUT_TOKEN, _TOKEN_BUCKETS_S),
-            (QUEUE_WAIT, _REQUEST_BUCKETS_S),
         )
     ]
+    # Our own durations: the default buckets are made for milliseconds.
+    own = ExplicitBucketHistogramAggregation(_REQUEST_BUCKETS_S)
+    views.append(View(Histogram, instrument_name="roundhouse.*", instrument_unit="s", aggregation=own))
     readers: list[MetricReader] = [PrometheusMetricReader()]
     # Only where it is asked for by its own name: a process with a known ops port is scraped, and pushing its metrics as
     # well would count them twice. Workers have no such port.
     if os.environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"):
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 
-        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter(), export_interval_millis=_METRICS_PUSH_MS))
+        readers.append(
+            PeriodicExportingMetricReader(OTLPMetricExporter(), export_interval_millis=_METRICS_PUSH_MS)
+        )
     metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=readers, views=views))
 
 
@@ -191,7 +199,9 @@ def _text_headers(headers: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _add_trace_ids(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _add_trace_ids(
+    _logger: Any, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
     current = trace.get_current_span().get_span_context()
     if current.is_valid:
         event["trace_id"] = f"{current.trace_id:032x}"
@@ -204,11 +214,27 @@ def redact(text: str) -> str:
     return _SECRETS.sub(lambda m: (m[1] or m[2] or m[4] or "") + "[redacted]" + (m[3] or ""), text)
 
 
-def _redact_event(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _redact_event(
+    _logger: Any, _method: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
     for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = redact(value)
+        if not key.startswith("_"):  # the formatter's own, not for the line
+            event[key] = _redacted(value)
     return event
+
+
+def _redacted(value: Any) -> Any:
+    match value:
+        case str():
+            return redact(value)
+        case None | bool() | int() | float():
+            return value
+        case Mapping():
+            return {redact(str(key)): _redacted(each) for key, each in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_redacted(each) for each in value]
+        case _:
+            return redact(repr(value))  # as the JSON renderer would write it
 
 
 def _setup_logging(service: str, level: str) -> None:
@@ -230,10 +256,16 @@ def _setup_logging(service: str, level: str) -> None:
     # Libraries log through the standard library: same format, warnings and worse only.
     handler = logging.StreamHandler(sys.stderr)
     formatter = structlog.stdlib.ProcessorFormatter(
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(),
+        ],
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
     )
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    # Six lines for every half second without a broker; `shared.broker` says once that it is away, and when it is back.
+    for name in ("aiormq", "aio_pika"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

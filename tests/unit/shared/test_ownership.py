@@ -64,9 +64,7 @@ def claim(worker: str, claim_id: str = "") -> JobClaimed:
     )
 
 
-def delta(
-    attempt: int, start: int, count: int = 1, choice: int = 0, finish: str | None = None
-) -> TokenDelta:
+def delta(attempt: int, start: int, count: int = 1, choice: int = 0, finish: str | None = None) -> TokenDelta:
     return TokenDelta(
         job_id="job_1",
         attempt=attempt,
@@ -89,16 +87,16 @@ def granted_job(now_s: float = 0.0, choices: int = 1) -> OwnedJob:
     return owned
 
 
-CLAIM = dict(
-    state=JobState.RUNNING,
-    attempt=1,
-    holder_worker_id="a",
-    holder_last_word_s=10.0,
-    claimant_worker_id="b",
-    claimed_s=10.5,
-    now_s=10.6,
-    deadline_s=60.0,
-)
+CLAIM = {
+    "state": JobState.RUNNING,
+    "attempt": 1,
+    "holder_worker_id": "a",
+    "holder_last_word_s": 10.0,
+    "claimant_worker_id": "b",
+    "claimed_s": 10.5,
+    "now_s": 10.6,
+    "deadline_s": 60.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -214,6 +212,18 @@ def test_a_silent_holder_makes_the_owner_publish_again_only_while_it_is_connecte
     assert owned.on_tick(LOST_SILENCE_S + 2, 100.0) == []
 
 
+def test_a_publish_without_a_confirm_is_repeated_once_the_owner_is_connected_again() -> None:
+    owned = OwnedJob(make_job(), deadline_s=60.0, now_s=0.0)
+    owned.publish_confirmed = False
+    assert owned.on_tick(1.0, 0.0) == []
+    assert owned.on_tick(5.0, 1.5) == [Republish()]
+    owned.publish_confirmed = True
+    assert owned.on_tick(6.0, 2.5) == []
+    owned.publish_confirmed = False
+    owned.on_claim(claim("a"), 7.0)  # it was in the queue after all
+    assert owned.on_tick(7.5, 4.0) == []
+
+
 def test_a_claim_held_while_the_job_ends_is_dropped() -> None:
     owned = granted_job()
     owned.on_claim(claim("b"), 0.5)
@@ -223,7 +233,9 @@ def test_a_claim_held_while_the_job_ends_is_dropped() -> None:
 
 
 def test_the_dead_letter_consumers_word_counts_only_while_nobody_runs_the_job() -> None:
-    dead = JobFinished(job_id="job_1", attempt=0, worker_id="scheduler", outcome="failed", error_code="dead_letter")
+    dead = JobFinished(
+        job_id="job_1", attempt=0, worker_id="scheduler", outcome="failed", error_code="dead_letter"
+    )
     queued = OwnedJob(make_job(), deadline_s=60.0, now_s=0.0)
     [end] = queued.on_finished(dead, 1.0)
     assert isinstance(end, End) and end.error_code == "dead_letter" and not end.by_worker
@@ -283,7 +295,11 @@ def test_any_loss_doubling_reordering_and_crash_still_shows_each_token_once_in_o
                 text = "".join(f"<{i}>" for i in range(worker["prior"], total))
                 result = ChoiceResult(index=0, tokens=tokens, text=text, finish_reason="length")
                 end = JobFinished(
-                    job_id="job_1", attempt=worker["attempt"], worker_id=name, outcome="succeeded", choices=[result]
+                    job_id="job_1",
+                    attempt=worker["attempt"],
+                    worker_id=name,
+                    outcome="succeeded",
+                    choices=[result],
                 )
                 wire.append((name, end))
                 del workers[name]
