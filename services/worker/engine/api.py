@@ -1,0 +1,134 @@
+"""The engine's public values: what goes in, what comes out, and the refusals.
+
+Plain data without behaviour; the worker maps its messages to these and back. Token indices count generated tokens
+from 0, tokens given as `prior_tokens` included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+RefusalCode = Literal["context_length_exceeded", "invalid_token_id", "unknown_model", "duplicate_sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """kv_tokens: the KV pool in tokens, shared by all models. max_batch: sequences resident at once over all models.
+
+    prefill_chunk_tokens: prompts are cut at multiples of it, and one step prefills about this many tokens in all.
+    """
+
+    device: str = "cpu"
+    precision: str = "bf16"
+    max_batch: int = 16
+    max_context_tokens: int = 2048
+    kv_tokens: int = 32768
+    prefill_chunk_tokens: int = 256
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one answer's tokens are drawn.
+
+    temperature: 0 is greedy. top_k: 0 is off. logit_bias: (token, addend) pairs. logprobs: None is off, k asks for the
+    k most likely alternatives of each token, 0 for the chosen token alone. min_tokens: before that many tokens neither
+    an end-of-sequence token, nor a stop token, nor a stop string ends the answer.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One answer to generate.
+
+    isolation_key: the team; cached state is never shared across it. max_tokens: length of the whole answer,
+    `prior_tokens` included. prior_tokens: already generated before a resume; they are context and are not emitted again.
+    echo_logprobs: also score the prompt; the scores come with the first delta.
+    """
+
+    sequence_id: str
+    model: str
+    isolation_key: str
+    prompt_tokens: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    prior_tokens: Sequence[int] = ()
+    echo_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logs under the model's own distribution, before temperature, penalties and bias."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one sequence.
+
+    text: released by these tokens; "" while half a character or a possible stop string is held back.
+    error: this sequence failed, alone and for good; `finish_reason` is None then.
+    prompt_logprobs: with `echo_logprobs`, once: one entry for each prompt token after the first.
+    """
+
+    sequence_id: str
+    token_start: int
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+    error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step's outcome. prefilled: ids of sequences whose first prefill was completed by this step."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefilled: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """weight_bytes: what the weights hold in memory in the engine's precision. context_tokens: prompt and answer."""
+
+    handle: str
+    weight_bytes: int
+    vocab_size: int
+    context_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineRefusal(Exception):
+    """The request can never be served as it is; nothing of it was kept."""
+
+    def __init__(self, code: RefusalCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ModelRefusal(ValueError):
+    """The model folder cannot be served; the message says which file and why."""

@@ -1,0 +1,148 @@
+"""Attention of one forward pass over the paged pool.
+
+A pass packs the tokens of many sequences into rows: first one row for each decoding sequence, then each prompt chunk's
+rows. An `AttentionPlan` is built once for a pass and used by each layer.
+
+A sequence's padded length follows from its own length alone, and a chunk is computed by itself: what stands beside a
+sequence changes neither the shape nor the bits of its arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .kv_cache import BLOCK_TOKENS, PADDING_BLOCK, KVPool, blocks_for
+
+# 128 tokens; doubling from there wastes at most half a gather, and a ragged batch falls into few groups.
+_SMALLEST_TABLE_BLOCKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence in the pass: its tokens [start, start + count); `blocks` covers [0, start + count)."""
+
+    blocks: Sequence[int]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Decoding sequences with equal table length. rows: (sequences,); mask: (sequences, 1, 1, tokens) fp32, additive."""
+
+    rows: torch.Tensor
+    head_blocks: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptChunk:
+    """mask: (rows, tokens) bool, True where a row may look."""
+
+    first_row: int
+    last_row: int
+    head_blocks: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """positions: (rows,). places: where the pass's keys and values go in the pool."""
+
+    positions: torch.Tensor
+    places: torch.Tensor
+    decode_groups: tuple[_DecodeGroup, ...]
+    chunks: tuple[_PromptChunk, ...]
+
+
+def plan_attention(spans: Sequence[Span], pool: KVPool, device: torch.device) -> AttentionPlan:
+    """spans: in row order; one of a single token counts as decoding, the sums are the same."""
+    positions: list[int] = []
+    blocks: list[int] = []
+    groups: dict[int, list[tuple[int, Span]]] = {}
+    chunks: list[_PromptChunk] = []
+    for span in spans:
+        first_row = len(positions)
+        span_positions = range(span.start, span.start + span.count)
+        positions.extend(span_positions)
+        blocks.extend(span.blocks[position // BLOCK_TOKENS] for position in span_positions)
+        if span.count == 1:
+            groups.setdefault(padded_table_blocks(span.start + 1), []).append((first_row, span))
+        else:
+            chunks.append(_plan_chunk(span, first_row, pool, device))
+    position_tensor = torch.tensor(positions, device=device)
+    return AttentionPlan(
+        positions=position_tensor,
+        places=pool.token_places(torch.tensor(blocks, device=device), position_tensor % BLOCK_TOKENS),
+        decode_groups=tuple(
+            _plan_group(table_blocks, members, pool, device) for table_blocks, members in groups.items()
+        ),
+        chunks=tuple(chunks),
+    )
+
+
+def padded_table_blocks(tokens: int) -> int:
+    """The block table's length for a decoding sequence of that many tokens: 8, 16, 32, ..."""
+    table_blocks = _SMALLEST_TABLE_BLOCKS
+    while table_blocks < blocks_for(tokens):
+        table_blocks *= 2
+    return table_blocks
+
+
+def _plan_group(
+    table_blocks: int, members: Sequence[tuple[int, Span]], pool: KVPool, device: torch.device
+) -> _DecodeGroup:
+    tables = []
+    for _, span in members:
+        used = span.blocks[: blocks_for(span.start + 1)]
+        tables.append([*used, *[PADDING_BLOCK] * (table_blocks - len(used))])
+    lengths = torch.tensor([span.start + 1 for _, span in members], device=device)
+    hidden = torch.arange(table_blocks * BLOCK_TOKENS, device=device) >= lengths.unsqueeze(1)
+    mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+    return _DecodeGroup(
+        rows=torch.tensor([row for row, _ in members], device=device),
+        head_blocks=pool.head_blocks(torch.tensor(tables, device=device)),
+        mask=mask[:, None, None, :],
+    )
+
+
+def _plan_chunk(span: Span, first_row: int, pool: KVPool, device: torch.device) -> _PromptChunk:
+    end = span.start + span.count
+    table = torch.tensor([list(span.blocks[: blocks_for(end)])], device=device)
+    tokens = torch.arange(table.shape[1] * BLOCK_TOKENS, device=device)
+    rows = torch.arange(span.start, end, device=device)
+    return _PromptChunk(
+        first_row=first_row,
+        last_row=first_row + span.count,
+        head_blocks=pool.head_blocks(table),
+        mask=tokens.unsqueeze(0) <= rows.unsqueeze(1),
+    )
+
+
+def attend(queries: torch.Tensor, plan: AttentionPlan, pool: KVPool, layer: int) -> torch.Tensor:
+    """queries: (rows, heads, head_dim) in the pool's dtype; returns the same shape. This pass's keys are in the pool."""
+    _, heads, head_dim = queries.shape
+    output = torch.empty_like(queries)
+    for group in plan.decode_groups:
+        keys, values = pool.gather(layer, group.head_blocks)
+        # Query heads that share a key head become rows of one product: no copy of the keys for each of them.
+        grouped = queries[group.rows].view(len(group.rows), pool.kv_heads, -1, head_dim)
+        scores = torch.matmul(grouped, keys.transpose(2, 3))
+        weights = torch.softmax(torch.add(group.mask, scores, alpha=head_dim**-0.5), dim=-1)
+        mixed = torch.matmul(weights.to(values.dtype), values)
+        output[group.rows] = mixed.view(-1, heads, head_dim)
+    for chunk in plan.chunks:
+        keys, values = pool.gather(layer, chunk.head_blocks)
+        mixed = functional.scaled_dot_product_attention(
+            queries[chunk.first_row : chunk.last_row].transpose(0, 1).unsqueeze(0),
+            keys,
+            values,
+            attn_mask=chunk.mask,
+            enable_gqa=True,
+        )
+        output[chunk.first_row : chunk.last_row] = mixed[0].transpose(0, 1)
+    return output

@@ -1,0 +1,295 @@
+"""The generation engine: continuous batching of many sequences over resident models, one `step` at a time.
+
+Synchronous; knows tokens, not messages. One thread calls everything but `load_model`, which may run on another beside
+it. What to compute is decided in `batching.py`; this file keeps the state and does as decided.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
+from .batching import ModelBatch, choose_admissions, choose_victim, plan_step
+from .decoder import kv_dtype
+from .kv_cache import BLOCK_TOKENS, BlockAllocator, KVPool, blocks_for
+from .loading import LoadedModel, ModelLoader
+from .running import Outcome, Work, run_pass_isolated
+from .sequence import LiveSequence, make_sequence
+
+_PRECISIONS = ("fp32", "bf16", "int8")
+
+
+class Engine:
+    """max_batch sequences run; further ones wait in order of arrival."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Sets torch's thread count for the process. Raises ValueError for a config that cannot work."""
+        check_config(config)
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self._device = torch.device(config.device)
+        self._loader = ModelLoader(config, self._device)
+        self._allocator = BlockAllocator(config.kv_tokens // BLOCK_TOKENS)
+        self._models_lock = threading.Lock()
+        self._models: dict[str, LoadedModel] = {}
+        self._loading: set[str] = set()
+        self._pool: KVPool | None = None
+        self._running: dict[str, LiveSequence] = {}
+        self._waiting: dict[str, LiveSequence] = {}
+        self._finished_at_add: dict[str, LiveSequence] = {}
+        self._arrivals = 0
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._finished_at_add)
+
+    @property
+    def active_sequences(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_sequences(self) -> int:
+        return len(self._waiting) + len(self._finished_at_add)
+
+    @property
+    def free_kv_tokens(self) -> int:
+        return self._allocator.free * BLOCK_TOKENS
+
+    def load_model(self, handle: str, folder: Path) -> ModelInfo:
+        """Seconds of work, on the calling thread, which may be another than `step`'s; ready when it returns.
+
+        Raises ModelRefusal when the folder cannot be served, ValueError when the handle is taken.
+        """
+        with self._models_lock:
+            if handle in self._models or handle in self._loading:
+                raise ValueError(f"model {handle} is loaded already")
+            self._loading.add(handle)
+        try:
+            model = self._loader.load(handle, folder)
+            with self._models_lock:
+                self._ensure_pool(model)
+                self._models[handle] = model
+        finally:
+            with self._models_lock:
+                self._loading.discard(handle)
+        return model.info
+
+    def unload_model(self, handle: str) -> None:
+        """Raises ValueError while sequences of it live, and for an unknown handle."""
+        live = [sequence for sequence in self._live() if sequence.model.info.handle == handle]
+        if live:
+            raise ValueError(f"model {handle} has {len(live)} sequences")
+        with self._models_lock:
+            if self._models.pop(handle, None) is None:
+                raise ValueError(f"model {handle} is not loaded")
+
+    def add(self, request: SequenceRequest) -> None:
+        """Takes the request in; it starts at a later step. Raises EngineRefusal, and then nothing was kept."""
+        with self._models_lock:
+            model = self._models.get(request.model)
+        if model is None:
+            raise EngineRefusal("unknown_model", f"model {request.model} is not loaded")
+        if self._find(request.sequence_id) is not None:
+            raise EngineRefusal("duplicate_sequence", f"sequence {request.sequence_id} is here already")
+        check_request(request, model.info, self._allocator.count * BLOCK_TOKENS)
+        sequence = make_sequence(request, model, self._arrivals, self._device)
+        self._arrivals += 1
+        is_done = sequence.finish_reason is not None and not sequence.unscored_prompt
+        (self._finished_at_add if is_done else self._waiting)[request.sequence_id] = sequence
+
+    def cancel(self, sequence_id: str) -> None:
+        """Frees its place and blocks now; no further delta comes. An unknown id is a no-op."""
+        self._finished_at_add.pop(sequence_id, None)
+        self._waiting.pop(sequence_id, None)
+        sequence = self._running.pop(sequence_id, None)
+        if sequence is not None:
+            self._release_blocks(sequence)
+
+    def step(self) -> StepReport:
+        """One round: starts who fits, then for each model with work one token for each answer and a piece of prompts."""
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> StepReport:
+        deltas = [_closing_delta(sequence) for sequence in self._finished_at_add.values()]
+        self._finished_at_add.clear()
+        self._admit()
+        self._ensure_decode_blocks()
+        views = [sequence.view() for sequence in self._running.values()]
+        prefilled: list[str] = []
+        prefill_tokens = decode_tokens = 0
+        for batch in plan_step(views, self.config.prefill_chunk_tokens, self._steps):
+            for outcome in self._run(batch):
+                deltas.extend(self._settle(outcome, prefilled))
+            prefill_tokens += sum(chunk.count for chunk in batch.chunks)
+            decode_tokens += len(batch.decode)
+        self._steps += 1
+        return StepReport(deltas, prefill_tokens, decode_tokens, prefilled)
+
+    def _admit(self) -> None:
+        admissions = choose_admissions(
+            [sequence.view() for sequence in self._waiting.values()],
+            len(self._running),
+            self._allocator.free,
+            self.config.max_batch,
+        )
+        for admission in admissions:
+            sequence = self._waiting.pop(admission.sequence_id)
+            sequence.blocks = self._allocator.take(admission.blocks)
+            self._running[admission.sequence_id] = sequence
+
+    def _ensure_decode_blocks(self) -> None:
+        """Each decoding sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
+        for sequence in sorted(self._running.values(), key=lambda each: each.arrival):
+            while sequence.sequence_id in self._running and len(sequence.blocks) < blocks_for(
+                len(sequence.known)
+            ):
+                if self._allocator.free:
+                    sequence.blocks += self._allocator.take(1)
+                    continue
+                victim = choose_victim([each.view() for each in self._running.values()])
+                if victim is None:
+                    raise AssertionError("out of blocks, and everyone holds all it may need")
+                self._preempt(victim)
+
+    def _preempt(self, sequence_id: str) -> None:
+        """Back to waiting; its tokens are kept, its keys and values are computed again when it returns."""
+        sequence = self._running.pop(sequence_id)
+        self._release_blocks(sequence)
+        sequence.preemptions += 1
+        self._waiting[sequence_id] = sequence
+
+    def _run(self, batch: ModelBatch) -> list[Outcome]:
+        works = [
+            Work(sequence, sequence.computed, 1)
+            for sequence in (self._running[sequence_id] for sequence_id in batch.decode)
+        ]
+        works += [Work(self._running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
+        assert self._pool is not None  # made with the first model
+        return run_pass_isolated(self._models[batch.model].decoder, works, self._pool, self._device)
+
+    def _settle(self, outcome: Outcome, prefilled: list[str]) -> list[Delta]:
+        """Books what the pass did for one sequence; the delta to report, if there is one."""
+        sequence = outcome.work.sequence
+        if outcome.error is not None:
+            self._leave(sequence)
+            return [Delta(sequence.sequence_id, sequence.generated, (), "", (), None, error=outcome.error)]
+        sequence.computed += outcome.work.count
+        if sequence.computed < len(sequence.known):
+            return []
+        if not sequence.is_prefill_reported:
+            sequence.is_prefill_reported = True
+            prefilled.append(sequence.sequence_id)
+        if outcome.sampled is None:
+            self._leave(sequence)
+            return [_closing_delta(sequence)]
+        token_start, prompt_logprobs = sequence.generated, sequence.take_prompt_logprobs()
+        advance = sequence.advance(outcome.sampled.token)
+        if advance.finish_reason is not None:
+            self._leave(sequence)
+        return [
+            Delta(
+                sequence_id=sequence.sequence_id,
+                token_start=token_start,
+                tokens=(outcome.sampled.token,),
+                text=advance.text,
+                logprobs=() if outcome.sampled.logprob is None else (outcome.sampled.logprob,),
+                finish_reason=advance.finish_reason,
+                prompt_logprobs=prompt_logprobs,
+            )
+        ]
+
+    def _leave(self, sequence: LiveSequence) -> None:
+        del self._running[sequence.sequence_id]
+        self._release_blocks(sequence)
+
+    def _release_blocks(self, sequence: LiveSequence) -> None:
+        if self._pool is not None:
+            self._pool.clear(sequence.blocks)
+        self._allocator.give_back(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+
+    def _ensure_pool(self, model: LoadedModel) -> None:
+        """One pool for all models; a first model, or one alone after the others are gone, sets its shape."""
+        if self._pool is not None and self._pool.kv_shape == model.spec.kv_shape:
+            return
+        if self._models:
+            raise ModelRefusal(
+                f"model {model.info.handle} is of another type than those loaded: (layers, kv heads, head size) "
+                f"{model.spec.kv_shape}"
+            )
+        self._pool = KVPool(
+            model.spec.kv_shape, self._allocator.count, kv_dtype(self.config.precision), self._device
+        )
+
+    def _find(self, sequence_id: str) -> LiveSequence | None:
+        for group in (self._running, self._waiting, self._finished_at_add):
+            if sequence_id in group:
+                return group[sequence_id]
+        return None
+
+    def _live(self) -> list[LiveSequence]:
+        return [*self._running.values(), *self._waiting.values(), *self._finished_at_add.values()]
+
+
+def check_config(config: EngineConfig) -> None:
+    """Raises ValueError naming every bad value."""
+    problems = []
+    if config.precision not in _PRECISIONS:
+        problems.append(f"precision {config.precision!r} is none of {', '.join(_PRECISIONS)}")
+    if torch.device(config.device).type == "cuda" and config.precision == "int8":
+        problems.append("int8 runs on the CPU only")
+    for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "threads"):
+        if getattr(config, name) < 1:
+            problems.append(f"{name} must be at least 1")
+    if config.kv_tokens < BLOCK_TOKENS:
+        problems.append(f"kv_tokens must be at least {BLOCK_TOKENS}, one block")
+    if problems:
+        raise ValueError("engine config: " + "; ".join(problems))
+
+
+def check_request(request: SequenceRequest, model: ModelInfo, pool_tokens: int) -> None:
+    """Raises EngineRefusal.
+
+    1. An empty prompt, or a token id outside the vocabulary -> invalid_token_id.
+    2. Prompt and answer longer than the model's context or than the whole pool -> context_length_exceeded.
+    """
+    if not request.prompt_tokens:
+        raise EngineRefusal("invalid_token_id", "the prompt has no tokens")
+    named: tuple[tuple[str, Sequence[int]], ...] = (
+        ("prompt", request.prompt_tokens),
+        ("prior tokens", request.prior_tokens),
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", tuple(token for token, _ in request.sampling.logit_bias)),
+    )
+    for name, tokens in named:
+        if tokens and not (min(tokens) >= 0 and max(tokens) < model.vocab_size):
+            raise EngineRefusal(
+                "invalid_token_id", f"{name}: a token id is outside 0 .. {model.vocab_size - 1}"
+            )
+    asked_tokens = len(request.prompt_tokens) + request.max_tokens
+    room_tokens = min(model.context_tokens, pool_tokens)
+    if asked_tokens > room_tokens:
+        raise EngineRefusal(
+            "context_length_exceeded",
+            f"{len(request.prompt_tokens)} prompt tokens and {request.max_tokens} new ones exceed {room_tokens}",
+        )
+
+
+def _closing_delta(sequence: LiveSequence) -> Delta:
+    """The end of a sequence that had nothing left to generate."""
+    return Delta(
+        sequence.sequence_id,
+        sequence.generated,
+        (),
+        "",
+        (),
+        sequence.finish_reason,
+        prompt_logprobs=sequence.take_prompt_logprobs(),
+    )

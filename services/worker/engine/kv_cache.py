@@ -1,0 +1,112 @@
+"""Keys and values of all resident sequences in blocks of one pool, and the counting of those blocks.
+
+`BlockAllocator` counts, `KVPool` holds the memory. Who gets blocks, and who loses them, is decided in `batching.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+BLOCK_TOKENS = 16
+# Never given out and always zero: pads block tables of unequal length to a rectangle.
+PADDING_BLOCK = 0
+
+
+def blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class BlockAllocator:
+    """Free blocks 1 .. count. Last freed, first reused: memory that was touched is touched again, the rest stays cold."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count, 0, -1))
+        self._is_used = bytearray(count + 1)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Raises ValueError when there are not that many: the caller asks `free` first."""
+        if count > len(self._free):
+            raise ValueError(f"{count} blocks asked, {len(self._free)} free")
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._is_used[block] = 1
+        return blocks
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):
+            if not self._is_used[block]:
+                raise ValueError(f"block {block} given back twice")
+            self._is_used[block] = 0
+            self._free.append(block)
+
+
+class KVPool:
+    """(layers, 2, blocks, kv_heads, BLOCK_TOKENS, head_dim); head-major blocks, so that gathering a block table yields
+    each head's keys contiguous.
+
+    Pages cost memory only once written: the pool starts as untouched zero pages.
+    """
+
+    def __init__(
+        self, kv_shape: tuple[int, int, int], blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        layers, self.kv_heads, self.head_dim = kv_shape
+        self.kv_shape = kv_shape
+        self.dtype = dtype
+        shape = (layers, 2, blocks + 1, self.kv_heads, BLOCK_TOKENS, self.head_dim)
+        self._pool = _cold_zeros(shape, dtype, device)
+        self._by_token = self._pool.view(layers, 2, -1, self.head_dim)
+        self._by_head_block = self._pool.view(layers, 2, -1, BLOCK_TOKENS * self.head_dim)
+
+    def write(self, layer: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """places: (tokens * kv_heads,) from `token_places`; keys, values: (tokens, kv_heads, head_dim)."""
+        self._by_token[layer, 0].index_copy_(0, places, keys.reshape(-1, self.head_dim))
+        self._by_token[layer, 1].index_copy_(0, places, values.reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, head_blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """head_blocks: (sequences, kv_heads, blocks). Returns keys and values (sequences, kv_heads, tokens, head_dim)."""
+        sequences, heads, _ = head_blocks.shape
+        flat = head_blocks.reshape(-1)
+        shape = (sequences, heads, -1, self.head_dim)
+        keys = self._by_head_block[layer, 0].index_select(0, flat).view(shape)
+        values = self._by_head_block[layer, 1].index_select(0, flat).view(shape)
+        return keys, values
+
+    def token_places(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Rows of the pool for tokens at `offsets` (tokens,) within `blocks` (tokens,), for each head."""
+        heads = torch.arange(self.kv_heads, device=blocks.device)
+        return ((blocks.unsqueeze(1) * self.kv_heads + heads) * BLOCK_TOKENS + offsets.unsqueeze(1)).reshape(
+            -1
+        )
+
+    def head_blocks(self, tables: torch.Tensor) -> torch.Tensor:
+        """tables: (sequences, blocks) -> (sequences, kv_heads, blocks), rows of the pool that `gather` takes."""
+        heads = torch.arange(self.kv_heads, device=tables.device)
+        return tables.unsqueeze(1) * self.kv_heads + heads.view(1, -1, 1)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zeroes blocks on their way back to the pool.
+
+        A masked position still multiplies its value by zero, and zero times a NaN that a failed sequence left behind
+        would fail its block's next owner. Nor does one team's state stay readable for another.
+        """
+        if blocks:
+            index = torch.tensor(blocks, device=self._pool.device)
+            self._pool.index_fill_(2, index, 0)
+
+
+def _cold_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU from numpy, whose zeros are the kernel's untouched pages. `torch.zeros` would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size_bytes, dtype=np.uint8)).view(dtype).view(shape)

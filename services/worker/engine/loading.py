@@ -1,0 +1,56 @@
+"""From a model folder to a model that can run. Slow and thread-safe: nothing here touches the engine's state."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+
+from .api import EngineConfig, ModelInfo
+from .decoder import Decoder
+from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
+from .spec import DecoderSpec, read_spec
+from .weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    info: ModelInfo
+    spec: DecoderSpec
+    decoder: Decoder
+    byte_table: ByteTable
+
+
+class ModelLoader:
+    """Loads models of one type. Fine-tunes mostly share one tokenizer, which is then read and held once."""
+
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._byte_tables: WeakValueDictionary[bytes, ByteTable] = WeakValueDictionary()
+
+    def load(self, handle: str, folder: Path) -> LoadedModel:
+        """Raises ModelRefusal."""
+        spec = read_spec(folder)
+        with torch.inference_mode(), Checkpoint(folder) as checkpoint:
+            decoder = Decoder(spec, checkpoint, self._config.precision, self._device)
+        info = ModelInfo(
+            handle=handle,
+            weight_bytes=decoder.weight_bytes,
+            vocab_size=spec.vocab_size,
+            context_tokens=min(self._config.max_context_tokens, spec.max_positions),
+            eos_token_ids=spec.eos_token_ids,
+        )
+        return LoadedModel(info, spec, decoder, self._byte_table(folder))
+
+    def _byte_table(self, folder: Path) -> ByteTable:
+        content = read_tokenizer_file(folder)
+        digest = hashlib.sha256(content).digest()
+        table = self._byte_tables.get(digest)
+        if table is None:
+            # Two loads at once may both build it; the later one is kept, and both are right.
+            table = read_byte_table(content)
+            self._byte_tables[digest] = table
+        return table

@@ -1,0 +1,105 @@
+"""One forward pass for pieces of several sequences of one model, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .api import TokenLogprob
+from .attention import Span, plan_attention
+from .decoder import Decoder
+from .kv_cache import KVPool
+from .sampling import SampledToken, sample, score_token
+from .sequence import LiveSequence
+
+# Prompt positions scored at once: their logits take 4 bytes x vocabulary each.
+_SCORED_AT_ONCE = 64
+
+NOT_FINITE = "the model's logits are not finite numbers"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute the sequence's known tokens [start, start + count); after the last known one, draw the next."""
+
+    sequence: LiveSequence
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        return self.start + self.count == len(self.sequence.known) and self.sequence.finish_reason is None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """sampled: None when the work drew nothing. error: this sequence failed; its keys and values are worthless."""
+
+    work: Work
+    sampled: SampledToken | None = None
+    error: str | None = None
+
+
+def run_pass_isolated(
+    decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device
+) -> list[Outcome]:
+    """`run_pass`; when it breaks (out of memory, say), each work runs again alone, and only those that break fail.
+
+    Running again is safe: a pass writes the same places of the pool, and a sequence's state changes only afterwards.
+    """
+    try:
+        return run_pass(decoder, works, pool, device)
+    except (RuntimeError, MemoryError) as problem:
+        if len(works) == 1:
+            return [Outcome(works[0], error=f"{type(problem).__name__}: {problem}")]
+    return [outcome for work in works for outcome in run_pass_isolated(decoder, [work], pool, device)]
+
+
+def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device) -> list[Outcome]:
+    spans = [span for work in works for span in _spans(work)]
+    tokens = [token for work in works for token in work.sequence.known[work.start : work.start + work.count]]
+    plan = plan_attention(spans, pool, device)
+    hidden = decoder.forward(torch.tensor(tokens, device=device), plan, pool)
+    ends = torch.tensor([work.count for work in works]).cumsum(0).tolist()
+    prompt_scores = [
+        _score_prompt(decoder, work, hidden[end - work.count : end]) if work.sequence.unscored_prompt else []
+        for work, end in zip(works, ends, strict=True)
+    ]
+    drawing = [index for index, work in enumerate(works) if work.draws]
+    outcomes = [Outcome(work) for work in works]
+    if drawing:
+        logits = decoder.logits(hidden[torch.tensor([ends[index] - 1 for index in drawing], device=device)])
+        sampled = sample(logits, [works[index].sequence.sampling for index in drawing])
+        for index, token in zip(drawing, sampled, strict=True):
+            error = NOT_FINITE if token is None else None
+            outcomes[index] = Outcome(works[index], token, error)
+    for work, scores in zip(works, prompt_scores, strict=True):
+        work.sequence.prompt_logprobs.extend(scores)
+    return outcomes
+
+
+def _spans(work: Work) -> list[Span]:
+    """A piece of the prompt attends as a whole; tokens of the answer one by one, as when they were generated."""
+    blocks = work.sequence.blocks
+    if work.start < len(work.sequence.request.prompt_tokens):
+        return [Span(blocks, work.start, work.count)]
+    return [Span(blocks, position, 1) for position in range(work.start, work.start + work.count)]
+
+
+def _score_prompt(decoder: Decoder, work: Work, hidden: torch.Tensor) -> list[TokenLogprob]:
+    """hidden: (work.count, hidden_size). Row i scores token start + i + 1 where that is a prompt token not yet scored."""
+    sequence = work.sequence
+    prompt = sequence.request.prompt_tokens
+    first = max(work.start, len(sequence.prompt_logprobs))
+    last = min(work.start + work.count, len(prompt) - 1)
+    scores: list[TokenLogprob] = []
+    for begin in range(first, last, _SCORED_AT_ONCE):
+        end = min(begin + _SCORED_AT_ONCE, last)
+        logprobs = torch.log_softmax(decoder.logits(hidden[begin - work.start : end - work.start]), dim=-1)
+        scores += [
+            score_token(row, prompt[position + 1], sequence.request.sampling.logprobs)
+            for position, row in zip(range(begin, end), logprobs, strict=True)
+        ]
+    return scores

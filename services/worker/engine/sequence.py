@@ -1,0 +1,131 @@
+"""One sequence's life in the engine: its tokens, its blocks, its text, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .api import SequenceRequest, TokenLogprob
+from .batching import SequenceView
+from .detokenize import TextStream
+from .loading import LoadedModel
+from .sampling import SamplingState, make_state
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a generated token brought: text released by it, and the reason if it was the last."""
+
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(slots=True)
+class LiveSequence:
+    """known: prompt and generated tokens. computed: of these, how many have keys and values in the pool."""
+
+    request: SequenceRequest
+    model: LoadedModel
+    arrival: int
+    text: TextStream
+    sampling: SamplingState
+    known: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    preemptions: int = 0
+    is_prefill_reported: bool = False
+    finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    are_prompt_logprobs_taken: bool = False
+
+    @property
+    def sequence_id(self) -> str:
+        return self.request.sequence_id
+
+    @property
+    def generated(self) -> int:
+        return len(self.known) - len(self.request.prompt_tokens)
+
+    @property
+    def unscored_prompt(self) -> int:
+        """How many prompt tokens still lack the logprobs that were asked for."""
+        if not self.request.echo_logprobs:
+            return 0
+        return len(self.request.prompt_tokens) - 1 - len(self.prompt_logprobs)
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Once: with the first delta. Later calls get nothing."""
+        if self.are_prompt_logprobs_taken:
+            return ()
+        self.are_prompt_logprobs_taken = True
+        return tuple(self.prompt_logprobs)
+
+    def view(self) -> SequenceView:
+        return SequenceView(
+            sequence_id=self.sequence_id,
+            model=self.model.info.handle,
+            arrival=self.arrival,
+            prompt_tokens=len(self.request.prompt_tokens),
+            known_tokens=len(self.known),
+            computed_tokens=self.computed,
+            most_tokens=len(self.request.prompt_tokens) + self.request.max_tokens,
+            blocks=len(self.blocks),
+            preemptions=self.preemptions,
+        )
+
+    def advance(self, token: int) -> Advance:
+        """Takes a generated token, drawn now or replayed.
+
+        1. An end-of-sequence or stop token at or after `min_tokens` ends it; the token's own text is not shown.
+        2. A stop string ends it; the text before it is shown.
+        3. `max_tokens` ends it; what was held back is shown.
+        """
+        request = self.request
+        index = self.generated
+        self.known.append(token)
+        self.sampling.note(token)
+        if index >= request.sampling.min_tokens and token in self._ending_tokens():
+            return self._finish(self.text.flush(), "stop")
+        released = self.text.push(token)
+        if released.is_stopped:
+            return self._finish(released.text, "stop")
+        if self.generated >= request.max_tokens:
+            return self._finish(released.text + self.text.flush(), "length")
+        return Advance(released.text, None)
+
+    def _finish(self, text: str, reason: str) -> Advance:
+        self.finish_reason = reason
+        return Advance(text, reason)
+
+    def _ending_tokens(self) -> tuple[int, ...]:
+        return ending_tokens(self.request, self.model)
+
+
+def ending_tokens(request: SequenceRequest, model: LoadedModel) -> tuple[int, ...]:
+    eos = () if request.sampling.ignore_eos else model.info.eos_token_ids
+    return (*eos, *request.stop_token_ids)
+
+
+def make_sequence(
+    request: SequenceRequest, model: LoadedModel, arrival: int, device: torch.device
+) -> LiveSequence:
+    """A sequence with its prior tokens replayed: finished already if these say so."""
+    prompt: Sequence[int] = list(request.prompt_tokens)
+    sequence = LiveSequence(
+        request=request,
+        model=model,
+        arrival=arrival,
+        text=TextStream(model.byte_table, request.stop, request.sampling.min_tokens),
+        sampling=make_state(
+            request.sampling, prompt, ending_tokens(request, model), model.info.vocab_size, device
+        ),
+        known=list(prompt),
+    )
+    for token in request.prior_tokens:
+        if sequence.finish_reason is None:
+            sequence.advance(token)
+    if request.max_tokens <= sequence.generated and sequence.finish_reason is None:
+        sequence.finish_reason = "length"
+    return sequence
