@@ -1,0 +1,269 @@
+"""A job in a worker's hands: its state, what it has generated, and the messages made from it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from opentelemetry.trace import Span
+
+from services.worker.engine import Delta, Sampling, SequenceRequest
+from services.worker.engine import TokenLogprob as EngineLogprob
+from services.worker.pull_policy import ModelKey
+from shared.broker import Delivery
+from shared.ids import new_id
+from shared.messages import (
+    ChoiceResult,
+    GenerateJob,
+    JobFinished,
+    JobUsage,
+    Outcome,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+)
+
+SEED_BITS = 63
+
+
+class HeldState(StrEnum):
+    """waiting -> claiming -> granted -> running -> finishing; back to waiting when an owner does not answer."""
+
+    WAITING = "waiting"
+    CLAIMING = "claiming"
+    GRANTED = "granted"
+    RUNNING = "running"
+    FINISHING = "finishing"
+
+
+@dataclass(slots=True)
+class ChoiceRecord:
+    """One choice of this attempt: every delta is kept until the job ends, so that any can be repeated."""
+
+    prior_tokens: list[int]
+    deltas: list[TokenDelta] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def token_count(self) -> int:
+        return len(self.prior_tokens) + sum(len(delta.tokens) for delta in self.deltas)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """eq=False: a held job is itself, never equal to another."""
+
+    job: GenerateJob
+    deliveries: list[Delivery]
+    received_s: float
+    lane: int
+    span: Span
+    state: HeldState = HeldState.WAITING
+    attempt: int = 0
+    claim_id: str = ""
+    claim_sent_s: float = 0.0
+    claims_sent: int = 0
+    """Since the job was last put aside."""
+    claims_total: int = 0
+    not_before_s: float = 0.0
+    choices: list[ChoiceRecord] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prefilled: set[int] = field(default_factory=set)
+    received_unix_ns: int = field(default_factory=time.time_ns)
+    swap_started_unix_ns: int | None = None
+    swap_ended_unix_ns: int | None = None
+    started_unix_ns: int | None = None
+    prefilled_unix_ns: int | None = None
+    first_token_unix_ns: int | None = None
+
+    @property
+    def model(self) -> ModelKey:
+        return (self.job.model.model_id, self.job.model.revision)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens published so far, over all choices and attempts."""
+        return sum(choice.token_count for choice in self.choices)
+
+    def sequence_id(self, choice: int) -> str:
+        return f"{self.job.job_id}/{self.attempt}/{choice}"
+
+    def sequence_ids(self) -> list[str]:
+        return [self.sequence_id(index) for index in range(len(self.choices))]
+
+    def remaining_tokens(self) -> int:
+        """Upper bound of what is left to generate."""
+        return self.job.max_tokens * self.job.choices - self.completion_tokens
+
+
+def parse_sequence_id(sequence_id: str) -> tuple[str, int, int]:
+    """Return (job id, attempt, choice)."""
+    job_id, attempt, choice = sequence_id.rsplit("/", 2)
+    return job_id, int(attempt), int(choice)
+
+
+def model_handle(key: ModelKey) -> str:
+    return f"{key[0]}@{key[1]}"
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    return (seed + choice) % (1 << SEED_BITS)
+
+
+def sequence_requests(held: Held) -> list[SequenceRequest]:
+    """The engine's requests for all unfinished choices of a granted job."""
+    job, params = held.job, held.job.sampling
+    requests = []
+    for index, choice in enumerate(held.choices):
+        sampling = Sampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=tuple((token, bias) for token, bias in params.logit_bias),
+            seed=choice_seed(params.seed, index),
+            logprobs=params.logprobs,
+            ignore_eos=params.ignore_eos,
+            min_tokens=params.min_tokens,
+        )
+        requests.append(
+            SequenceRequest(
+                sequence_id=held.sequence_id(index),
+                model=model_handle(held.model),
+                isolation_key=job.team_id,
+                prompt_tokens=job.prompt_tokens,
+                max_tokens=job.max_tokens,
+                sampling=sampling,
+                stop=tuple(job.stop),
+                stop_token_ids=tuple(job.stop_token_ids),
+                prior_tokens=choice.prior_tokens,
+                echo_logprobs=params.echo_logprobs and index == 0,
+            )
+        )
+    return requests
+
+
+def to_message(held: Held, choice: int, delta: Delta) -> TokenDelta:
+    """The wire form of one engine delta."""
+    return TokenDelta(
+        job_id=held.job.job_id,
+        attempt=held.attempt,
+        choice=choice,
+        token_start=delta.token_start,
+        tokens=list(delta.tokens),
+        text=delta.text,
+        logprobs=to_logprobs(delta.logprobs),
+        finish_reason=delta.finish_reason,  # type: ignore[arg-type]
+    )
+
+
+def to_logprobs(logprobs: tuple[EngineLogprob, ...]) -> list[TokenLogprob]:
+    return [TokenLogprob(token=item.token, logprob=item.logprob, top=list(item.top)) for item in logprobs]
+
+
+def merged(deltas: list[TokenDelta]) -> TokenDelta:
+    """Consecutive deltas of one choice as one."""
+    first, last = deltas[0], deltas[-1]
+    if len(deltas) == 1:
+        return first
+    return TokenDelta(
+        job_id=first.job_id,
+        attempt=first.attempt,
+        choice=first.choice,
+        token_start=first.token_start,
+        tokens=[token for delta in deltas for token in delta.tokens],
+        text="".join(delta.text for delta in deltas),
+        logprobs=[item for delta in deltas for item in delta.logprobs],
+        finish_reason=last.finish_reason,
+    )
+
+
+def repeated(held: Held, choice: int, token_start: int) -> TokenDelta | None:
+    """What was published of a choice from `token_start` on, or None when nothing begins there."""
+    if not 0 <= choice < len(held.choices):
+        return None
+    later = [delta for delta in held.choices[choice].deltas if delta.token_start >= token_start]
+    return merged(later) if later and later[0].token_start == token_start else None
+
+
+def timings(held: Held, now_unix_ns: int) -> Timings:
+    """Where the time went; stages that were not reached are 0."""
+    accepted_ns = held.job.accepted_unix_ms * 1_000_000
+    started_ns = held.started_unix_ns or now_unix_ns
+    swap_ns = 0
+    if held.swap_started_unix_ns is not None:
+        swap_ns = (held.swap_ended_unix_ns or now_unix_ns) - held.swap_started_unix_ns
+    prefilled_ns = held.prefilled_unix_ns or now_unix_ns
+    return Timings(
+        queue_ms=_ms(started_ns - accepted_ns - swap_ns),
+        swap_ms=_ms(swap_ns),
+        prefill_ms=_ms(prefilled_ns - started_ns) if held.started_unix_ns else 0.0,
+        decode_ms=_ms(now_unix_ns - prefilled_ns) if held.prefilled_unix_ns else 0.0,
+    )
+
+
+def _ms(duration_ns: int) -> float:
+    return round(max(0, duration_ns) / 1e6, 3)
+
+
+def finished_message(
+    held: Held, worker_id: str, outcome: Outcome, code: str | None, message: str | None, spent: Timings
+) -> JobFinished:
+    """The owner's copy of the end."""
+    results = []
+    for index, choice in enumerate(held.choices):
+        results.append(
+            ChoiceResult(
+                index=index,
+                tokens=choice.prior_tokens + [token for delta in choice.deltas for token in delta.tokens],
+                text="".join(delta.text for delta in choice.deltas),
+                finish_reason=choice.finish_reason,  # type: ignore[arg-type]
+                logprobs=[item for delta in choice.deltas for item in delta.logprobs],
+            )
+        )
+    return JobFinished(
+        job_id=held.job.job_id,
+        attempt=held.attempt,
+        worker_id=worker_id,
+        outcome=outcome,
+        error_code=code,
+        error_message=message,
+        choices=results,
+        prompt_logprobs=held.prompt_logprobs,
+        timings=spent,
+    )
+
+
+def usage_message(held: Held, worker_id: str, outcome: Outcome, code: str | None, spent: Timings) -> JobUsage:
+    """Billing's copy of the end: counts and times only."""
+    job = held.job
+    return JobUsage(
+        event_id=new_id("use"),
+        job_id=job.job_id,
+        attempt=held.attempt,
+        request_id=job.request_id,
+        team_id=job.team_id,
+        key_id=job.key_id,
+        resource_id=job.resource_id,
+        worker_id=worker_id,
+        billing=job.billing,
+        work_class=job.work_class,
+        operation=job.operation,
+        model_type=job.model_type,
+        model_id=job.model.model_id,
+        model_name=job.model.name,
+        revision=job.model.revision,
+        outcome=outcome,
+        prompt_tokens=len(job.prompt_tokens),
+        completion_tokens=held.completion_tokens,
+        prefill_ran=bool(held.prefilled) or held.completion_tokens > 0,
+        accepted_unix_ms=job.accepted_unix_ms,
+        finished_unix_ms=time.time_ns() // 1_000_000,
+        error_code=code,
+        first_token_unix_ms=held.first_token_unix_ns // 1_000_000 if held.first_token_unix_ns else None,
+        timings=spent,
+    )

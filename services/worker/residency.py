@@ -1,0 +1,153 @@
+"""Which models are on the device, and how large others would be: state machine and bookkeeping, no policy.
+
+absent -> loading -> ready -> evicting -> absent;  loading -> failed -> absent (tried again after a pause)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from services.worker.engine import ModelRefusal
+from services.worker.engine_thread import EngineThread
+from services.worker.held import model_handle
+from services.worker.pull_policy import ModelKey, ModelSlot
+from shared.messages import ModelRef, ResidentModel
+from shared.model_folder import ModelManifest
+
+log = structlog.get_logger()
+
+RETRY_FAILED_S = 30.0
+_BYTES_FACTOR = {"bf16": 1.0, "fp32": 2.0, "int8": 0.8}
+"""Memory for weights relative to the bf16 files; int8 keeps embeddings in bf16. Replaced by the truth once loaded."""
+
+State = Literal["loading", "ready", "evicting", "failed"]
+
+
+class ModelUnavailable(Exception):
+    """The model cannot be served by this worker now; the message says why, without paths."""
+
+
+@dataclass(slots=True)
+class _Resident:
+    state: State
+    weight_bytes: int
+    last_used_s: float
+    failed_s: float = 0.0
+    reason: str = ""
+
+
+class Residency:
+    """Loads and evicts on command; answers what is where."""
+
+    def __init__(self, engine: EngineThread, store: Path, precision: str) -> None:
+        self._engine = engine
+        self._store = store
+        self._factor = _BYTES_FACTOR[precision]
+        self._models: dict[ModelKey, _Resident] = {}
+        self._sizes: dict[ModelKey, int] = {}
+
+    def slots(self) -> dict[ModelKey, ModelSlot]:
+        """Models that take memory now."""
+        return {
+            key: ModelSlot(model.state, model.weight_bytes, model.last_used_s)
+            for key, model in self._models.items()
+            if model.state != "failed"
+        }
+
+    def report(self) -> list[ResidentModel]:
+        return [
+            ResidentModel(model_id=key[0], revision=key[1], state=model.state)
+            for key, model in self._models.items()
+        ]
+
+    def touch(self, key: ModelKey) -> None:
+        if (model := self._models.get(key)) is not None:
+            model.last_used_s = time.monotonic()
+
+    def failure(self, key: ModelKey) -> str | None:
+        """Why the model cannot be used at present, or None."""
+        model = self._models.get(key)
+        if model is None or model.state != "failed":
+            return None
+        if time.monotonic() - model.failed_s > RETRY_FAILED_S:
+            del self._models[key]
+            return None
+        return model.reason
+
+    def size(self, ref: ModelRef) -> int:
+        """Estimated weight bytes of a model that is not loaded yet. Raises `ModelUnavailable`."""
+        key = (ref.model_id, ref.revision)
+        if key not in self._sizes:
+            files = self._manifest(ref).files
+            weight_bytes = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
+            self._sizes[key] = int(weight_bytes * self._factor)
+        return self._sizes[key]
+
+    def sizes(self) -> Mapping[ModelKey, int]:
+        return self._sizes
+
+    def mark_failed(self, key: ModelKey, reason: str) -> None:
+        self._models[key] = _Resident("failed", 0, 0.0, time.monotonic(), reason)
+
+    async def load(self, ref: ModelRef) -> None:
+        """absent -> loading -> ready. Raises `ModelUnavailable` and leaves it `failed`."""
+        key = (ref.model_id, ref.revision)
+        self._models[key] = _Resident("loading", self.size(ref), time.monotonic())
+        started_s = time.monotonic()
+        try:
+            folder = self._folder(ref)
+            await asyncio.to_thread(verify_files, folder, self._manifest(ref))
+            info = await self._engine.load(model_handle(key), folder)
+        except (OSError, ModelRefusal, ModelUnavailable, MemoryError, ValueError) as error:
+            reason = (
+                str(error) if isinstance(error, ModelUnavailable) else f"{type(error).__name__} while loading"
+            )
+            self.mark_failed(key, reason)
+            log.error("model_load_failed", model_id=key[0], revision=key[1], error=str(error))
+            raise ModelUnavailable(reason) from error
+        self._sizes[key] = info.weight_bytes
+        self._models[key] = _Resident("ready", info.weight_bytes, time.monotonic())
+        log.info(
+            "model_loaded",
+            model_id=key[0],
+            revision=key[1],
+            weight_bytes=info.weight_bytes,
+            load_ms=round((time.monotonic() - started_s) * 1000),
+        )
+
+    async def evict(self, key: ModelKey) -> None:
+        """ready -> evicting -> absent."""
+        self._models[key].state = "evicting"
+        await self._engine.unload(model_handle(key))
+        del self._models[key]
+        log.info("model_evicted", model_id=key[0], revision=key[1])
+
+    def _folder(self, ref: ModelRef) -> Path:
+        folder = (self._store / ref.folder).resolve()
+        if not folder.is_relative_to(self._store.resolve()):
+            raise ModelUnavailable("the model's folder is outside the store")
+        return folder
+
+    def _manifest(self, ref: ModelRef) -> ModelManifest:
+        try:
+            return ModelManifest.from_json(json.loads((self._folder(ref) / "manifest.json").read_bytes()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ModelUnavailable("the model's manifest cannot be read") from error
+
+
+def verify_files(folder: Path, manifest: ModelManifest) -> None:
+    """Compare every file with the checksum made at registration. Raises `ModelUnavailable` at the first difference."""
+    for expected in manifest.files:
+        with (folder / expected.name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected.sha256:
+            raise ModelUnavailable(f"{expected.name} differs from what was registered")

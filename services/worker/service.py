@@ -1,0 +1,617 @@
+"""The worker: takes jobs, asks their owners, runs them on the engine, streams back, drains.
+
+All state lives on the event loop and is moved by one task (`_pump`), which asks `pull_policy.plan` after every event.
+The engine runs on its own thread; AMQP callbacks only put deliveries down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+import structlog
+
+from services.worker import pull_policy
+from services.worker.engine import EngineRefusal, StepReport
+from services.worker.engine_thread import EnginePort, EngineThread
+from services.worker.held import (
+    ChoiceRecord,
+    Held,
+    HeldState,
+    finished_message,
+    parse_sequence_id,
+    repeated,
+    sequence_requests,
+    timings,
+    to_logprobs,
+    to_message,
+    usage_message,
+)
+from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
+from services.worker.pull_policy import ModelKey, RunningJob, Snapshot, WaitingJob
+from services.worker.residency import ModelUnavailable, Residency
+from services.worker.settings import WorkerSettings
+from shared import telemetry, topology
+from shared.broker import Broker, Delivery, Subscription
+from shared.ids import new_id
+from shared.messages import (
+    CancelJob,
+    DrainWorker,
+    Drop,
+    GenerateJob,
+    Granted,
+    JobClaimed,
+    Outcome,
+    OwnerBeat,
+    RepeatTokens,
+    WorkerBeat,
+    WorkerCommand,
+    WorkerPhase,
+    WorkerReport,
+    WorkerSpec,
+)
+from shared.outcomes import PublishRefused, Unavailable, Unroutable
+
+log = structlog.get_logger()
+
+BEAT_S = 1.0
+TICK_S = 0.2
+CLAIM_REPEAT_S = 1.0
+CLAIM_TRIES = 5
+"""After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
+CLAIM_PAUSE_S = 5.0
+OWNER_SILENCE_S = 6.0
+"""Owners beat once a second; the silence counts only while our own connection is up."""
+OWNER_ABSENCE_S = 1.5
+"""An owner that reconnects has its consumer back sooner; one whose process ended never has."""
+RECENT_JOBS = 2000
+
+
+class Worker:
+    """One replica at one place."""
+
+    def __init__(
+        self, spec: WorkerSpec, settings: WorkerSettings, broker: Broker, engine: EnginePort
+    ) -> None:
+        self.spec = spec
+        self._settings = settings
+        self._broker = broker
+        self._engine = EngineThread(engine, self._on_report, self._on_refused)
+        self._residency = Residency(self._engine, settings.model_store, spec.precision)
+        self._sender = DeltaSender(broker, spec.worker_id)
+        self._commands = topology.worker_commands(spec.worker_id)
+        self._held: dict[str, Held] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict()
+        self._owners_heard_s: dict[str, float] = {}
+        self._owners_absent_s: dict[str, float] = {}
+        self._lane_tokens: dict[int, int] = {}
+        self._subscriptions: list[Subscription] = []
+        self._wake = asyncio.Event()
+        self._phase: WorkerPhase = "starting"
+        self._report_now = asyncio.Event()
+        self._tokens_per_s = 0.0
+        self._tokens_since = 0
+        self._drained = asyncio.Event()
+        self._group: asyncio.TaskGroup
+        meter = telemetry.meter()
+        self._tokens_counter = meter.create_counter(telemetry.TOKENS, unit="{token}")
+        self._attempts_counter = meter.create_counter("roundhouse.worker.jobs", unit="{job}")
+        self._queue_wait_s = meter.create_histogram(telemetry.QUEUE_WAIT, unit="s")
+
+    # ---- life
+
+    async def start(self, group: asyncio.TaskGroup) -> None:
+        """Load what was asked for, warm up, and begin to take jobs. Tasks end with the group."""
+        self._group = group
+        self._engine.start()
+        group.create_task(self._reports())
+        await self._broker.subscribe(self._commands, WorkerCommand, self._on_command, prefetch=0, no_ack=True)
+        self._enter("loading")
+        await self._preload()
+        group.create_task(self._sender.run())
+        group.create_task(self._beats())
+        group.create_task(self._pump())
+        await self._subscribe()
+        self._enter("ready")
+
+    async def _preload(self) -> None:
+        spent_bytes = 0
+        for ref in self.spec.preload:
+            try:
+                spent_bytes += self._residency.size(ref)
+                if spent_bytes > self._settings.model_memory_bytes:
+                    return
+                await self._residency.load(ref)
+            except ModelUnavailable as error:
+                # The worker serves its other models; jobs of this one are told why.
+                log.error("preload_failed", model_id=ref.model_id, reason=str(error))
+
+    async def _subscribe(self) -> None:
+        for lane, queue in enumerate(topology.job_queues(self.spec.resource_id, pool=self.spec.pool)):
+            await self._broker.declare([queue])
+            prefetch = self.spec.max_batch + self._settings.lookahead_jobs
+            if self.spec.pool:
+                prefetch = max(2, prefetch // topology.POOL_SHARDS)
+            receive = self._receiver(lane)
+            self._subscriptions.append(
+                await self._broker.subscribe(queue, GenerateJob, receive, prefetch=prefetch)
+            )
+
+    async def drain(self) -> None:
+        """Take no more, give back what has not begun, finish the rest. Idempotent; returns when nothing is left."""
+        if self._phase != "draining":
+            self._enter("draining")
+            for subscription in self._subscriptions:
+                await subscription.cancel()
+            for held in [held for held in self._held.values() if held.state is HeldState.WAITING]:
+                await self._give_back(held)
+        while self._held:
+            self._wake.set()
+            await asyncio.sleep(0.05)
+        self._enter("drained")
+        await self._report()
+        self._engine.stop()
+        self._drained.set()
+
+    async def drained(self) -> None:
+        """Return once a drain that the scheduler asked for is complete."""
+        await self._drained.wait()
+
+    async def _give_back(self, held: Held) -> None:
+        """A confirmed copy into the same queue, then the ack: never a requeue."""
+        try:
+            with telemetry.under(held.span):
+                await self._broker.publish(held.deliveries[0].queue, held.job)
+        except (Unavailable, PublishRefused, Unroutable) as error:
+            # Unacked, it is delivered to another worker when our connection closes.
+            log.warning("give_back_failed", job_id=held.job.job_id, error=str(error))
+            self._forget(held)
+            return
+        await self._release(held)
+
+    # ---- taking jobs
+
+    def _receiver(self, lane: int) -> Callable[[Delivery], None]:
+        def receive(delivery: Delivery) -> None:
+            self._on_job(delivery, lane)
+
+        return receive
+
+    def _on_job(self, delivery: Delivery, lane: int) -> None:
+        job: GenerateJob = delivery.message
+        if (held := self._held.get(job.job_id)) is not None:
+            # Our connection was lost and the broker delivered again, or a second copy exists: same job, same run.
+            held.deliveries.append(delivery)
+        elif job.job_id in self._recent or job.deadline_unix_ms <= time.time() * 1000:
+            self._group.create_task(delivery.ack())
+        else:
+            span = telemetry.start_span_under(
+                f"process {delivery.queue}", delivery.headers, attributes=_span_attributes(job)
+            )
+            self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
+            self._wake.set()
+
+    async def _pump(self) -> None:
+        """The one place where jobs and models are moved on."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            self._drop_unservable()
+            plan = pull_policy.plan(
+                self._snapshot(),
+                max_sequences=self.spec.max_batch,
+                model_memory_bytes=self._settings.model_memory_bytes,
+            )
+            for job_id in plan.start:
+                self._start(self._held[job_id])
+            if self._phase == "ready":
+                for job_id in plan.claim:
+                    await self._claim(self._held[job_id])
+            for key in plan.evict:
+                self._group.create_task(self._evict(key))
+            for key in plan.load:
+                self._group.create_task(self._load(key))
+            await self._repeat_claims()
+
+    def _drop_unservable(self) -> None:
+        now_unix_ms = time.time() * 1000
+        for held in list(self._held.values()):
+            if held.state in (HeldState.RUNNING, HeldState.FINISHING):
+                continue
+            if held.job.deadline_unix_ms <= now_unix_ms:
+                self._end(held, "expired", "deadline_exceeded", "the deadline passed before the job ran")
+                continue
+            try:
+                self._residency.size(held.job.model)
+            except ModelUnavailable as error:
+                self._residency.mark_failed(held.model, str(error))
+            # Only after the grant: the owner takes an end from nobody else.
+            reason = self._residency.failure(held.model)
+            if reason is not None and held.state is HeldState.GRANTED:
+                self._end(held, "failed", "model_unavailable", reason)
+
+    def _snapshot(self) -> Snapshot:
+        now_s = time.monotonic()
+        waiting, running, claimed = [], [], 0
+        failed = {
+            held.model for held in self._held.values() if self._residency.failure(held.model) is not None
+        }
+        for held in self._held.values():
+            match held.state:
+                case HeldState.WAITING | HeldState.GRANTED:
+                    waiting.append(_waiting_job(held, now_s))
+                case HeldState.CLAIMING:
+                    claimed += held.job.choices
+                    waiting.append(_waiting_job(held, now_s))
+                case HeldState.RUNNING:
+                    running.append(RunningJob(held.job.job_id, held.model, held.job.choices, held.attempt))
+        models = self._residency.slots()
+        for key in failed:
+            # A failed model counts as ready, so that its jobs are claimed and then told why.
+            models.setdefault(key, pull_policy.ModelSlot("ready", 0, now_s))
+        sizes = {key: size for key, size in self._residency.sizes().items() if key not in failed}
+        return Snapshot(waiting, running, claimed, models, sizes, self._lane_tokens)
+
+    async def _load(self, key: ModelKey) -> None:
+        waiting = [held for held in self._held.values() if held.model == key]
+        if not waiting:
+            return
+        for held in waiting:
+            held.swap_started_unix_ns = time.time_ns()
+        try:
+            await self._residency.load(waiting[0].job.model)
+        except ModelUnavailable:
+            pass  # remembered as failed; `_drop_unservable` tells the jobs
+        for held in waiting:
+            held.swap_ended_unix_ns = time.time_ns()
+        self._wake.set()
+
+    async def _evict(self, key: ModelKey) -> None:
+        try:
+            await self._residency.evict(key)
+        except ValueError as error:
+            log.error("evict_refused", model_id=key[0], error=str(error))
+        self._wake.set()
+
+    # ---- claim and grant
+
+    async def _claim(self, held: Held) -> None:
+        held.state = HeldState.CLAIMING
+        held.claim_id = held.claim_id or new_id("clm")
+        held.claim_sent_s = time.monotonic()
+        held.claims_sent += 1
+        held.claims_total += 1
+        claim = JobClaimed(
+            job_id=held.job.job_id,
+            claim_id=held.claim_id,
+            worker_id=self.spec.worker_id,
+            worker_queue=self._commands.name,
+        )
+        try:
+            await self._broker.send(held.job.owner_queue, claim)
+        except Unavailable as error:
+            log.info("claim_not_sent", job_id=held.job.job_id, error=str(error))
+
+    async def _repeat_claims(self) -> None:
+        now_s = time.monotonic()
+        for held in list(self._held.values()):
+            if held.state is not HeldState.CLAIMING or now_s - held.claim_sent_s < CLAIM_REPEAT_S:
+                continue
+            if held.claims_sent < CLAIM_TRIES:
+                await self._claim(held)
+            else:
+                held.state, held.claims_sent = HeldState.WAITING, 0
+                held.not_before_s = now_s + CLAIM_PAUSE_S
+
+    def _on_command(self, delivery: Delivery) -> None:
+        match delivery.message:
+            case Granted() as granted:
+                self._on_granted(granted)
+            case Drop(job_id=job_id, claim_id=claim_id, reason=reason):
+                held = self._held.get(job_id)
+                if held is not None and held.state is HeldState.CLAIMING and held.claim_id == claim_id:
+                    log.info("job_dropped", job_id=job_id, reason=reason)
+                    self._group.create_task(self._release(held))
+            case CancelJob() as cancel:
+                self._on_cancel(cancel)
+            case RepeatTokens() as repeat:
+                held = self._held.get(repeat.job_id)
+                if held is not None and held.attempt == repeat.attempt:
+                    delta = repeated(held, repeat.choice, repeat.token_start)
+                    if delta is not None:
+                        self._sender.put(held.job.owner_queue, delta)
+            case OwnerBeat() as beat:
+                self._on_owner_beat(beat)
+            case DrainWorker(incarnation=incarnation):
+                if incarnation == self.spec.incarnation:
+                    self._group.create_task(self.drain())
+
+    def _on_granted(self, granted: Granted) -> None:
+        held = self._held.get(granted.job_id)
+        if held is None or held.state is not HeldState.CLAIMING or held.claim_id != granted.claim_id:
+            return
+        held.attempt = granted.attempt
+        held.choices = [ChoiceRecord(list(tokens)) for tokens in granted.prior_tokens]
+        held.state = HeldState.GRANTED
+        held.span.set_attribute(telemetry.ATTEMPT, granted.attempt)
+        self._owners_heard_s[held.job.owner_queue] = time.monotonic()
+        self._wake.set()
+
+    def _on_cancel(self, cancel: CancelJob) -> None:
+        held = self._held.get(cancel.job_id)
+        if held is None or held.attempt != cancel.attempt or held.state is HeldState.FINISHING:
+            return
+        self._stop_sequences(held)
+        if cancel.reason == "replaced":
+            # Another attempt goes on: what this one published is that one's to report.
+            self._group.create_task(self._release(held))
+        else:
+            self._end(held, "cancelled", cancel.reason, None)
+
+    # ---- generation
+
+    def _start(self, held: Held) -> None:
+        held.state = HeldState.RUNNING
+        held.started_unix_ns = time.time_ns()
+        self._residency.touch(held.model)
+        self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + len(held.job.prompt_tokens)
+        for request in sequence_requests(held):
+            self._engine.add(request)
+
+    def _on_refused(self, sequence_id: str, refusal: EngineRefusal) -> None:
+        job_id, attempt, _ = parse_sequence_id(sequence_id)
+        held = self._held.get(job_id)
+        if held is not None and held.attempt == attempt and held.state is HeldState.RUNNING:
+            self._stop_sequences(held)
+            self._end(held, "failed", refusal.code, str(refusal))
+
+    def _on_report(self, report: StepReport) -> None:
+        now_unix_ns = time.time_ns()
+        for sequence_id in report.prefilled:
+            job_id, attempt, choice = parse_sequence_id(sequence_id)
+            held = self._held.get(job_id)
+            if held is not None and held.attempt == attempt:
+                held.prefilled.add(choice)
+                held.prefilled_unix_ns = held.prefilled_unix_ns or now_unix_ns
+        for delta in report.deltas:
+            job_id, attempt, choice = parse_sequence_id(delta.sequence_id)
+            held = self._held.get(job_id)
+            if held is None or held.attempt != attempt or held.state is not HeldState.RUNNING:
+                continue
+            if delta.error is not None:
+                self._stop_sequences(held)
+                self._end(held, "failed", "generation_failed", delta.error)
+                continue
+            held.first_token_unix_ns = held.first_token_unix_ns or now_unix_ns
+            record = held.choices[choice]
+            message = to_message(held, choice, delta)
+            record.deltas.append(message)
+            record.finish_reason = delta.finish_reason
+            held.prompt_logprobs += to_logprobs(delta.prompt_logprobs)
+            self._tokens_since += len(delta.tokens)
+            self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + len(delta.tokens)
+            if all(record.finish_reason is not None for record in held.choices):
+                self._end(held, "succeeded", None, None)  # carries the last delta too
+            else:
+                self._sender.put(held.job.owner_queue, message)
+        self._count(report)
+
+    def _count(self, report: StepReport) -> None:
+        labels = {"model_type": self.spec.model_type}
+        if report.prefill_tokens:
+            self._tokens_counter.add(report.prefill_tokens, {**labels, "direction": "input"})
+        if report.decode_tokens:
+            self._tokens_counter.add(report.decode_tokens, {**labels, "direction": "output"})
+
+    def _stop_sequences(self, held: Held) -> None:
+        for sequence_id in held.sequence_ids():
+            self._engine.cancel(sequence_id)
+
+    # ---- ends
+
+    def _end(self, held: Held, outcome: Outcome, code: str | None, message: str | None) -> None:
+        """Begin the end: the place is free from now on, the facts go out by a task, then the ack."""
+        if held.state is HeldState.FINISHING:
+            return
+        held.state = HeldState.FINISHING
+        self._residency.touch(held.model)
+        self._attempts_counter.add(1, {"outcome": outcome, "model_type": self.spec.model_type})
+        self._group.create_task(self._finish(held, outcome, code, message))
+        self._wake.set()
+
+    async def _finish(self, held: Held, outcome: Outcome, code: str | None, message: str | None) -> None:
+        now_unix_ns = time.time_ns()
+        spent = timings(held, now_unix_ns)
+        self._queue_wait_s.record(spent.queue_ms / 1000, {"model_type": self.spec.model_type})
+        _record_stages(held, now_unix_ns)
+        held.span.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, held.completion_tokens)
+        if code is not None:
+            held.span.set_attribute(telemetry.ERROR_TYPE, code)
+        finished = finished_message(held, self.spec.worker_id, outcome, code, message, spent)
+        usage = usage_message(held, self.spec.worker_id, outcome, code, spent)
+        with telemetry.under(held.span):
+            async with asyncio.TaskGroup() as both:
+                both.create_task(tell_owner(self._broker, held.job.owner_queue, finished))
+                both.create_task(tell_billing(self._broker, usage))
+        await self._release(held)
+
+    async def _release(self, held: Held) -> None:
+        """Ack every copy, and remember the job so that a late copy is acked as well."""
+        self._forget(held)
+        self._recent[held.job.job_id] = None
+        while len(self._recent) > RECENT_JOBS:
+            self._recent.popitem(last=False)
+        for delivery in held.deliveries:
+            await delivery.ack()
+
+    def _forget(self, held: Held) -> None:
+        if self._held.pop(held.job.job_id, None) is not None:
+            held.span.end()
+        self._wake.set()
+
+    # ---- signs of life
+
+    def _on_owner_beat(self, beat: OwnerBeat) -> None:
+        now_s = time.monotonic()
+        self._owners_heard_s[beat.owner_queue] = now_s
+        waited_for = set(beat.job_ids)
+        for held in list(self._held.values()):
+            if held.job.owner_queue != beat.owner_queue or held.job.job_id in waited_for:
+                continue
+            # A beat that was on its way when the job was granted cannot name it.
+            granted = held.state in (HeldState.GRANTED, HeldState.RUNNING)
+            if granted and now_s - held.claim_sent_s > 2 * BEAT_S:
+                self._stop_sequences(held)
+                self._end(held, "cancelled", "owner_gave_up", None)
+
+    def _lose_owner(self, owner_queue: str, reason: str) -> None:
+        """Nobody waits for these jobs any more: stop them; what was published is what is charged."""
+        log.warning("owner_lost", owner_queue=owner_queue, reason=reason)
+        self._owners_heard_s.pop(owner_queue, None)
+        for held in list(self._held.values()):
+            if held.job.owner_queue == owner_queue and held.state is not HeldState.FINISHING:
+                self._stop_sequences(held)
+                self._end(held, "cancelled", reason, None)
+
+    async def _look_for_owners(self) -> None:
+        """Find dead owners of jobs that are not granted: their reply queue has no consumer, twice in a row.
+
+        A killed process loses its consumers at once, a frozen one keeps them (its claims are put aside instead).
+        """
+        now_s = time.monotonic()
+        unanswered = {
+            held.job.owner_queue
+            for held in self._held.values()
+            if held.attempt == 0 and held.claims_total > 1
+        }
+        for owner_queue in self._owners_absent_s.keys() - unanswered:
+            del self._owners_absent_s[owner_queue]
+        for owner_queue in unanswered:
+            try:
+                present = await self._broker.consumers(owner_queue) > 0
+            except Unavailable:
+                return
+            if present:
+                self._owners_absent_s.pop(owner_queue, None)
+                continue
+            first_s = self._owners_absent_s.setdefault(owner_queue, now_s)
+            if min(now_s - first_s, self._broker.connected_for_s()) > OWNER_ABSENCE_S:
+                self._lose_owner(owner_queue, "owner_gone")
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self._engine.watch()
+            self._tokens_per_s = 0.7 * self._tokens_per_s + 0.3 * self._tokens_since / BEAT_S
+            self._tokens_since = 0
+            jobs: dict[str, list[tuple[str, int]]] = {}
+            for held in self._held.values():
+                if held.attempt > 0:
+                    jobs.setdefault(held.job.owner_queue, []).append((held.job.job_id, held.attempt))
+            for owner_queue, attempts in jobs.items():
+                try:
+                    await self._broker.send(
+                        owner_queue, WorkerBeat(worker_id=self.spec.worker_id, jobs=attempts)
+                    )
+                except Unavailable as error:
+                    log.info("beat_not_sent", error=str(error))
+            self._notice_silent_owners()
+            await self._look_for_owners()
+
+    def _notice_silent_owners(self) -> None:
+        now_s, connected_for_s = time.monotonic(), self._broker.connected_for_s()
+        with_jobs = {held.job.owner_queue for held in self._held.values() if held.attempt > 0}
+        for owner_queue, heard_s in list(self._owners_heard_s.items()):
+            if owner_queue not in with_jobs:
+                del self._owners_heard_s[owner_queue]
+            elif min(now_s - heard_s, connected_for_s) > OWNER_SILENCE_S:
+                self._lose_owner(owner_queue, "owner_silent")
+
+    # ---- reports to the scheduler
+
+    def _enter(self, phase: WorkerPhase) -> None:
+        self._phase = phase
+        log.info("worker_phase", phase=phase)
+        self._report_now.set()
+
+    @property
+    def phase(self) -> WorkerPhase:
+        return self._phase
+
+    async def _reports(self) -> None:
+        while True:
+            await self._report()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._report_now.wait()
+            self._report_now.clear()
+
+    async def _report(self) -> None:
+        running = [held for held in self._held.values() if held.state is HeldState.RUNNING]
+        report = WorkerReport(
+            worker_id=self.spec.worker_id,
+            resource_id=self.spec.resource_id,
+            place=self.spec.place,
+            incarnation=self.spec.incarnation,
+            phase=self._phase,
+            sent_unix_ms=time.time_ns() // 1_000_000,
+            running_jobs=len(running),
+            held_jobs=len(self._held),
+            remaining_tokens=sum(held.remaining_tokens() for held in running),
+            tokens_per_s=round(self._tokens_per_s, 3),
+            models=self._residency.report(),
+        )
+        try:
+            await self._broker.send_event(report)
+        except Unavailable as error:
+            log.info("report_not_sent", error=str(error))
+
+
+def _waiting_job(held: Held, now_s: float) -> WaitingJob:
+    claimable = held.state is HeldState.WAITING and now_s >= held.not_before_s
+    work_class: Literal["live", "batch"] = held.job.work_class
+    return WaitingJob(
+        job_id=held.job.job_id,
+        model=held.model,
+        work_class=work_class,
+        sequences=held.job.choices,
+        waited_s=now_s - held.received_s,
+        lane=held.lane,
+        attempt=held.attempt,
+        claimable=claimable,
+    )
+
+
+def _span_attributes(job: GenerateJob) -> dict[str, str | int]:
+    return {
+        telemetry.MESSAGING_SYSTEM: "rabbitmq",
+        telemetry.GEN_AI_OPERATION: job.operation,
+        telemetry.GEN_AI_PROVIDER: "roundhouse",
+        telemetry.GEN_AI_REQUEST_MODEL: job.model.name,
+        telemetry.GEN_AI_MAX_TOKENS: job.max_tokens,
+        telemetry.GEN_AI_INPUT_TOKENS: len(job.prompt_tokens),
+        telemetry.JOB_ID: job.job_id,
+        telemetry.TEAM_ID: job.team_id,
+        telemetry.RESOURCE_ID: job.resource_id,
+    }
+
+
+def _record_stages(held: Held, now_unix_ns: int) -> None:
+    """Spans of the stages that are over; the wait begins when the gateway accepted the request."""
+    accepted_ns = held.job.accepted_unix_ms * 1_000_000
+    waited_until_ns = held.swap_started_unix_ns or held.started_unix_ns or now_unix_ns
+    telemetry.record_child(held.span, "queue_wait", accepted_ns, waited_until_ns)
+    if held.swap_started_unix_ns is not None:
+        swap_ended_ns = held.swap_ended_unix_ns or now_unix_ns
+        telemetry.record_child(held.span, "swap", held.swap_started_unix_ns, swap_ended_ns)
+    if held.started_unix_ns is not None:
+        prefilled_ns = held.prefilled_unix_ns or now_unix_ns
+        telemetry.record_child(held.span, "prefill", held.started_unix_ns, prefilled_ns)
+    if held.prefilled_unix_ns is not None:
+        telemetry.record_child(held.span, "decode", held.prefilled_unix_ns, now_unix_ns)

@@ -1,0 +1,21 @@
+"""What one worker process is told by its node agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.settings import CommonSettings, env
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(CommonSettings):
+    """The place it serves comes as JSON in ROUNDHOUSE_WORKER_SPEC (`shared.messages.WorkerSpec`)."""
+
+    spec_json: str = env("ROUNDHOUSE_WORKER_SPEC")
+    model_store: Path = env("ROUNDHOUSE_MODEL_STORE")  # noqa: RUF009 (env makes a field)
+    threads: int = env("ROUNDHOUSE_WORKER_THREADS", 1, low=1, high=256)
+    model_memory_bytes: int = env("ROUNDHOUSE_WORKER_MODEL_BYTES", 2 * 1024**3, low=1)
+    """Budget for the weights of resident models (host memory on a CPU, device memory on a GPU)."""
+    lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 4, low=0, high=16)
+    """Jobs held beyond the running batch, so that a place that frees is filled within one step."""

@@ -1,0 +1,218 @@
+"""The path of a job with real processes and a real broker: claim, grant, stream, and what a kill leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from services.gateway.owner import Finished, OwnedStream, Owner, TextDelta
+from shared import topology
+from shared.broker import Broker
+from shared.ids import new_id
+from shared.messages import JobUsage, JobVoided, UsageEvent, decoder
+from tests.conftest import Vhost
+from tests.integration.worker_process import WorkerProcess, stub_job, stub_store
+
+
+@dataclass
+class Path_:
+    """A gateway's owner in this process, and workers in their own."""
+
+    broker: Broker
+    owner: Owner
+    resource_id: str
+    queue: topology.Queue
+    store: Path
+    folder: Path
+    amqp_url: str
+    voids: list[JobVoided]
+    workers: list[WorkerProcess] = field(default_factory=list)
+
+    def worker(self, **options: float) -> WorkerProcess:
+        log = self.folder / f"worker{len(self.workers)}.log"
+        started = WorkerProcess(self.amqp_url, self.store, self.resource_id, log, **options).start()  # type: ignore[arg-type]
+        self.workers.append(started)
+        return started
+
+    async def submit(self, max_tokens: int, deadline_s: float = 60.0) -> OwnedStream:
+        job = stub_job(self.owner.queue, self.resource_id, max_tokens=max_tokens, deadline_s=deadline_s)
+        return await self.owner.submit(job, self.queue)
+
+    async def usage_events(self, count: int) -> list[JobUsage | JobVoided]:
+        """Drain the billing queue until it gave `count` facts."""
+        facts: list[JobUsage | JobVoided] = []
+        got = asyncio.Event()
+
+        def receive(delivery: object) -> None:
+            facts.append(delivery.message)  # type: ignore[attr-defined]
+            if len(facts) >= count:
+                got.set()
+
+        subscription = await self.broker.subscribe(
+            topology.BILLING_EVENTS, UsageEvent, receive, prefetch=1000, no_ack=True
+        )
+        await asyncio.wait_for(got.wait(), 15)
+        await subscription.cancel()
+        return facts
+
+
+@pytest.fixture
+async def path(vhost: Vhost, tmp_path: Path) -> AsyncIterator[Path_]:
+    async with AsyncExitStack() as stack:
+        broker = await Broker.open(vhost.amqp_url, "test", stack)
+        voids: list[JobVoided] = []
+
+        async def void(fact: JobVoided, headers: dict[str, str]) -> None:
+            voids.append(fact)
+
+        owner = Owner(broker, void, lambda result: None)
+        resource_id = new_id("res")
+        queue = topology.job_queue(resource_id, "live")
+        await broker.declare(topology.job_queues(resource_id, pool=False))
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+        await owner.start(group)
+        made = Path_(
+            broker, owner, resource_id, queue, stub_store(tmp_path / "store"), tmp_path, vhost.amqp_url, voids
+        )
+        try:
+            yield made
+        finally:
+            for worker in made.workers:
+                if worker.process.poll() is None:
+                    worker.signal(signal.SIGCONT)
+                    worker.kill()
+            for task in group._tasks.copy():
+                task.cancel()
+
+
+async def read(stream: OwnedStream) -> tuple[str, list[int], Finished]:
+    text = ""
+    tokens: list[int] = []
+    async for event in stream:
+        if isinstance(event, TextDelta):
+            text += event.text
+            tokens += event.tokens
+        else:
+            return text, tokens, event
+    raise AssertionError("the stream ended without an end")
+
+
+def whole_text(count: int) -> str:
+    return "".join(f"t{index} " for index in range(count))
+
+
+async def test_a_job_is_answered_whole_and_reported_once(path: Path_) -> None:
+    path.worker(step_s=0.002)
+    stream = await path.submit(50)
+    text, tokens, end = await asyncio.wait_for(read(stream), 30)
+    assert text == whole_text(50)
+    assert tokens == [1000 + index for index in range(50)]
+    assert (end.outcome, end.completion_tokens, end.finish_reasons) == ("succeeded", 50, ("length",))
+    [fact] = await path.usage_events(1)
+    assert isinstance(fact, JobUsage)
+    assert (fact.outcome, fact.prompt_tokens, fact.completion_tokens, fact.attempt) == ("succeeded", 3, 50, 1)
+    assert path.voids == []
+
+
+async def test_fifty_streams_go_on_unbroken_when_their_worker_is_killed(path: Path_) -> None:
+    first = path.worker(step_s=0.02)
+    streams = [await path.submit(150) for _ in range(50)]
+    reads = [asyncio.create_task(read(stream)) for stream in streams]
+    while sum(map(sum, ([len(t) for t in stream.owned.tokens] for stream in streams))) < 50 * 30:
+        await asyncio.sleep(0.05)
+    killed_s = time.monotonic()
+    first.kill()
+    path.worker(step_s=0.02)
+    results = await asyncio.wait_for(asyncio.gather(*reads), 60)
+    assert time.monotonic() - killed_s < 20
+    assert all(text == whole_text(150) and end.outcome == "succeeded" for text, _, end in results)
+    facts = await path.usage_events(50)
+    assert sorted(fact.job_id for fact in facts) == sorted(stream.owned.job.job_id for stream in streams)
+    assert all(isinstance(f, JobUsage) and f.completion_tokens == 150 and f.attempt == 2 for f in facts)
+
+
+async def test_a_frozen_worker_is_replaced_and_fenced_when_it_wakes(path: Path_) -> None:
+    first = path.worker(step_s=0.05)
+    stream = await path.submit(200)
+    reading = asyncio.create_task(read(stream))
+    while len(stream.owned.tokens[0]) < 20:
+        await asyncio.sleep(0.05)
+    first.signal(signal.SIGSTOP)
+    path.worker(step_s=0.005)
+    # The frozen worker's connection is given up by its missing heartbeats, or the owner publishes the job again.
+    text, _, end = await asyncio.wait_for(reading, 40)
+    assert (text, end.outcome) == (whole_text(200), "succeeded")
+    first.signal(signal.SIGCONT)
+    again = await path.submit(20)
+    text, _, end = await asyncio.wait_for(read(again), 20)
+    assert (text, end.outcome) == (whole_text(20), "succeeded")
+
+
+async def test_a_cancel_frees_the_place_and_bills_what_was_delivered(path: Path_) -> None:
+    path.worker(step_s=0.02, max_batch=1)
+    stream = await path.submit(1000)
+    async for event in stream:
+        if isinstance(event, TextDelta) and event.tokens:
+            stream.delivered(len(event.tokens))
+        if len(stream.owned.tokens[0]) > 10:
+            break
+    await stream.abandon("client_gone")
+    following = await path.submit(5)
+    text, _, _ = await asyncio.wait_for(read(following), 5)
+    assert text == whole_text(5)
+    assert [(fact.reason, fact.delivered_tokens > 0) for fact in path.voids] == [("client_gone", True)]
+    facts = {fact.job_id: fact for fact in await path.usage_events(2)}
+    cancelled = facts[stream.owned.job.job_id]
+    assert isinstance(cancelled, JobUsage) and cancelled.outcome == "cancelled"
+    assert 10 < cancelled.completion_tokens < 100
+
+
+async def test_a_drained_worker_finishes_what_runs_and_gives_back_the_rest(path: Path_) -> None:
+    first = path.worker(step_s=0.02, max_batch=2)
+    streams = [await path.submit(60) for _ in range(6)]
+    reads = [asyncio.create_task(read(stream)) for stream in streams]
+    while sum(stream.owned.attempt for stream in streams) < 2:
+        await asyncio.sleep(0.02)
+    first.signal(signal.SIGTERM)
+    path.worker(step_s=0.005, max_batch=8)
+    results = await asyncio.wait_for(asyncio.gather(*reads), 30)
+    assert all(text == whole_text(60) and end.outcome == "succeeded" for text, _, end in results)
+    assert first.process.wait(10) == 0
+    assert all(stream.owned.attempt == 1 for stream in streams)
+
+
+async def test_a_job_that_kills_its_workers_ends_as_poison(path: Path_) -> None:
+    stream = await path.submit(10_000)
+    reading = asyncio.create_task(read(stream))
+    for attempt in (1, 2, 3):
+        worker = path.worker(step_s=0.02)
+        while stream.owned.attempt < attempt or len(stream.owned.tokens[0]) < 5 * attempt:
+            await asyncio.sleep(0.05)
+        worker.kill()
+    path.worker(step_s=0.02)
+    _, _, end = await asyncio.wait_for(reading, 20)
+    assert (end.outcome, end.error_code) == ("failed", "poison")
+    assert [fact.reason for fact in path.voids] == ["failed"]
+
+
+async def test_a_job_whose_owner_died_is_stopped_and_reported(path: Path_) -> None:
+    path.worker(step_s=0.05)
+    stream = await path.submit(10_000)
+    while len(stream.owned.tokens[0]) < 5:
+        await asyncio.sleep(0.05)
+    path.owner._streams.clear()  # as if the gateway had been killed: it no longer names the job in its beats
+    [fact] = await path.usage_events(1)
+    assert isinstance(fact, JobUsage)
+    assert (fact.outcome, fact.error_code) == ("cancelled", "owner_silent")
+
+
+def test_undecodable_bytes_are_not_a_job() -> None:
+    with pytest.raises(Exception, match="type"):
+        decoder(UsageEvent).decode(b'{"type":"nonsense"}')

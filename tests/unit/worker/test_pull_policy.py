@@ -1,0 +1,151 @@
+"""The worker's plan, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.worker.pull_policy import (
+    CLOSE_AFTER_S,
+    ModelSlot,
+    Plan,
+    RunningJob,
+    Snapshot,
+    WaitingJob,
+    may_start,
+    plan,
+)
+
+A, B, C = ("a", 1), ("b", 1), ("c", 1)
+GB = 1 << 30
+
+
+def waiting(job_id: str, model: tuple[str, int] = A, **change: Any) -> WaitingJob:
+    values: dict[str, Any] = {"work_class": "live", "sequences": 1, "waited_s": 0.1, **change}
+    return WaitingJob(job_id, model, **values)
+
+
+def running(job_id: str, model: tuple[str, int] = A, sequences: int = 1, attempt: int = 1) -> RunningJob:
+    return RunningJob(job_id, model, sequences, attempt)
+
+
+def ready(last_used_s: float = 0.0, weight_bytes: int = GB) -> ModelSlot:
+    return ModelSlot("ready", weight_bytes, last_used_s)
+
+
+def decide(max_sequences: int = 4, **snapshot: Any) -> Plan:
+    values: dict[str, Any] = {
+        "waiting": [],
+        "running": [],
+        "claimed_sequences": 0,
+        "models": {A: ready()},
+        "sizes": {A: GB, B: GB, C: GB},
+        **snapshot,
+    }
+    return plan(Snapshot(**values), max_sequences=max_sequences, model_memory_bytes=2 * GB)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "beside", "retried_waits", "expected"),
+    [
+        (1, [], True, True),
+        (2, [], False, True),
+        (3, [], False, True),
+        (1, [1, 1], False, True),
+        (1, [1], True, False),
+        (1, [2], False, False),
+        (2, [2, 2], True, True),
+        (2, [1], True, False),
+        (3, [3], True, False),
+        (3, [2], True, False),
+        (1, [3], False, False),
+    ],
+)
+def test_a_retried_job_runs_apart_from_fresh_ones(
+    attempt: int, beside: list[int], retried_waits: bool, expected: bool
+) -> None:
+    assert may_start(attempt, beside, retried_waits) is expected
+
+
+def test_jobs_are_claimed_until_the_batch_is_full() -> None:
+    jobs = [waiting(f"j{i}") for i in range(6)]
+    assert decide(waiting=jobs, running=[running("r")], claimed_sequences=1).claim == ["j0", "j1"]
+
+
+def test_live_goes_before_batch_and_the_longest_wait_first() -> None:
+    jobs = [waiting("old", work_class="batch", waited_s=9), waiting("new"), waiting("older", waited_s=2)]
+    assert decide(waiting=jobs).claim == ["older", "new", "old"]
+
+
+def test_the_lane_that_was_served_least_goes_first() -> None:
+    jobs = [waiting("x", lane=0, waited_s=5), waiting("y", lane=1)]
+    assert decide(waiting=jobs, lane_tokens={0: 1000, 1: 10}).claim == ["y", "x"]
+
+
+def test_a_job_larger_than_the_batch_runs_when_nothing_else_does() -> None:
+    large = waiting("large", sequences=8)
+    assert decide(waiting=[large]).claim == ["large"]
+    assert decide(waiting=[large], running=[running("r")]).claim == []
+
+
+def test_a_job_whose_claim_is_out_is_not_claimed_again() -> None:
+    assert decide(waiting=[waiting("j", claimable=False)]).claim == []
+
+
+def test_a_granted_job_starts_once_its_model_is_ready() -> None:
+    job = waiting("j", model=B, attempt=1)
+    assert decide(waiting=[job], models={A: ready(), B: ModelSlot("loading", GB, 0)}).start == []
+    assert decide(waiting=[job], models={A: ready(), B: ready()}).start == ["j"]
+
+
+def test_second_attempts_start_together_and_hold_fresh_ones_back() -> None:
+    jobs = [waiting("s1", attempt=2), waiting("s2", attempt=2), waiting("f", attempt=1), waiting("held")]
+    decided = decide(waiting=jobs)
+    assert decided.start == ["s1", "s2"]
+    assert decided.claim == []
+
+
+def test_a_third_attempt_starts_alone() -> None:
+    jobs = [waiting("t1", attempt=3), waiting("t2", attempt=3)]
+    assert decide(waiting=jobs).start == ["t1"]
+    assert decide(waiting=jobs[:1], running=[running("r")]).start == []
+
+
+def test_an_absent_model_is_loaded_into_free_memory() -> None:
+    decided = decide(waiting=[waiting("j", model=B)])
+    assert (decided.load, decided.evict, decided.claim) == ([B], [], [])
+
+
+def test_one_model_is_loaded_at_a_time() -> None:
+    models = {A: ModelSlot("loading", GB, 0)}
+    assert decide(waiting=[waiting("j", model=B)], models=models).load == []
+
+
+def test_the_least_recently_used_idle_model_makes_room() -> None:
+    models = {A: ready(5.0), B: ready(3.0)}
+    decided = decide(waiting=[waiting("j", model=C)], models=models)
+    assert (decided.evict, decided.load) == ([B], [])
+
+
+def test_a_model_with_work_is_never_evicted_but_closed_when_its_quantum_is_over() -> None:
+    models = {A: ready(5.0), B: ready(3.0)}
+    busy = [running("ra", A), running("rb", B)]
+    patient = [
+        waiting("j", model=C, waited_s=CLOSE_AFTER_S / 2),
+        waiting("k", model=B),
+        waiting("l", model=A),
+    ]
+    decided = decide(waiting=patient, models=models, running=busy)
+    assert (decided.evict, sorted(decided.claim)) == ([], ["k", "l"])
+    overdue = [waiting("j", model=C, waited_s=CLOSE_AFTER_S), waiting("k", model=B), waiting("l", model=A)]
+    decided = decide(waiting=overdue, models=models, running=busy)
+    assert (decided.evict, decided.claim) == ([], ["l"])
+
+
+def test_a_model_of_unknown_size_is_not_loaded() -> None:
+    assert decide(waiting=[waiting("j", model=("gone", 1))]).load == []
+
+
+def test_a_model_over_the_whole_budget_is_loaded_into_an_empty_device() -> None:
+    assert decide(waiting=[waiting("j", model=B)], models={}, sizes={B: 9 * GB}).load == [B]
