@@ -1,0 +1,130 @@
+"""Builds the gateway by hand and runs it: `python -m services.gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from services.gateway import admission, edge, keys, management, public
+from services.gateway.commands import CommandCaller
+from services.gateway.inference import http as inference
+from services.gateway.inference.measures import InferenceMetrics
+from services.gateway.inference.tokenizers_pool import TokenizerPool
+from services.gateway.management.idempotency import KEEP_S
+from services.gateway.model_import import ModelImporter
+from services.gateway.outbox import Outbox
+from services.gateway.owner import Owner
+from services.gateway.rate_limit import RateLimiter, RateRule
+from services.gateway.route_table import RouteTable
+from services.gateway.settings import GatewaySettings
+from services.gateway.store import Store
+from services.gateway.views import Views
+from services.gateway.wire import WireSite
+from shared import telemetry
+from shared.broker import Broker
+from shared.database import Database
+from shared.ids import new_id
+from shared.outcomes import Unavailable
+from shared.runtime import Lifetime, run
+from shared.settings import SettingsError
+
+log = structlog.get_logger()
+ROLE = "roundhouse_gateway"
+SWEEP_S = 3600.0
+OUTBOX_FLUSH_S = 5.0
+
+
+async def serve(settings: GatewaySettings, life: Lifetime) -> None:
+    database = await Database.open(settings.database_url, ROLE, life.stack, size=10)
+    broker = await Broker.open(settings.amqp_url, "gateway", life.stack)
+    rule = RateRule(settings.team_requests_per_s, settings.team_burst)
+    limiter = RateLimiter(settings.redis_url, rule, life.stack)
+    gate = admission.Gate(limiter, admission.Limits(settings.team_in_flight, settings.gateway_in_flight))
+
+    store, views = Store(database), Views(database)
+    tokenizers = TokenizerPool(settings.model_store)
+    key_cache = keys.KeyCache(store)
+    route_table = RouteTable(store, views, lambda models: tokenizers.prewarm(m.folder for m in models))
+    outbox, commands = Outbox(database, broker), CommandCaller(broker)
+    owner = Owner(broker, outbox.add, commands.on_result)
+    commands.reply_queue = owner.queue
+    importer = ModelImporter(settings.model_import_dir, settings.model_store, asyncio.Lock())
+
+    await ensure_platform(store, settings.admin_key)
+    await owner.start(life.group)
+    life.group.create_task(route_table.keep_fresh(owner.fail_queued))
+    life.group.create_task(key_cache.keep_fresh())
+    life.group.create_task(outbox.relay())
+    life.group.create_task(sweep_idempotency(store))
+    tokenizers.start(life.group)
+
+    api = management.ManagementDeps(
+        store, views, route_table, key_cache, commands, importer, settings.public_url
+    )
+    generation = inference.InferenceDeps(
+        route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
+    )
+    specs = [*inference.routes(generation), *management.routes(api), *public.routes(life.not_ready)]
+    limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
+    app = edge.build_app(public.with_openapi(specs), key_cache, limits)
+    runner = edge.build_runner(app, drain_timeout_s=settings.drain_timeout_s)
+    await runner.setup()
+    edge.guard_expectations(runner)
+    site = WireSite(
+        runner, settings.http_host, settings.http_port, max_per_peer=settings.max_connections_per_ip
+    )
+    await site.start()
+
+    _gauge("roundhouse.gateway.in_flight", "Inference requests running here", lambda: gate.in_flight)
+    _gauge("roundhouse.gateway.jobs", "Live jobs owned here", lambda: len(owner))
+    _gauge(
+        "roundhouse.outbox.in_memory", "Facts that the database did not take yet", lambda: outbox.in_memory
+    )
+    life.check("broker", lambda: broker.connected)
+    life.check("routes", lambda: route_table.loaded)
+    life.started()
+    log.info("gateway_listening", host=settings.http_host, port=site.port, instance=owner.instance_id)
+    await life.stopping.wait()
+    # Listening ends at once; running requests have `drain_timeout_s`, then they are cancelled and their jobs voided.
+    await runner.cleanup()
+    await flush(outbox)
+
+
+def _gauge(name: str, description: str, read: Callable[[], int]) -> None:
+    def observe(_options: CallbackOptions) -> list[Observation]:
+        return [Observation(read())]
+
+    telemetry.meter().create_observable_gauge(name, [observe], description=description)
+
+
+async def ensure_platform(store: Store, secret: str) -> None:
+    """Make the platform's team and key. Raises `SettingsError` for a key that no request could carry."""
+    if not keys.is_secret(secret):
+        raise SettingsError("ROUNDHOUSE_ADMIN_KEY must be sk- and 16 to 200 letters, digits, _ or -")
+    scopes = ("platform", "manage", "inference")
+    await store.ensure_platform(new_id("team"), keys.new_key("", "environment", secret, scopes))
+
+
+async def sweep_idempotency(store: Store) -> None:
+    while True:
+        try:
+            await store.sweep_idempotent(KEEP_S)
+        except Unavailable as error:
+            log.warning("idempotency_keys_not_swept", error=str(error))
+        await asyncio.sleep(SWEEP_S)
+
+
+async def flush(outbox: Outbox) -> None:
+    """Give facts that only this process knows a last chance; rows are found by any gateway."""
+    try:
+        async with asyncio.timeout(OUTBOX_FLUSH_S):
+            await outbox.flushed()
+    except TimeoutError:
+        log.error("outbox_facts_lost", count=outbox.in_memory)
+
+
+if __name__ == "__main__":
+    run("gateway", GatewaySettings, serve)

@@ -1,0 +1,96 @@
+"""What can be judged only with the model at hand: the context, the vocabulary, and how a job ended. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.gateway.errors import ApiError, bad_request, must_not_retry
+from services.gateway.inference.parameters import GenerationRequest
+from services.gateway.inference.rules import invalid_value
+from services.gateway.owner import Finished
+from services.gateway.principal import ModelView, Route
+
+LOST_RETRY_S = 1
+
+
+def context_tokens(model: ModelView, route: Route) -> int:
+    """What the model can attend to and its resource has room for."""
+    return min(model.context_tokens, route.resource.max_context_tokens)
+
+
+def check_vocabulary(wanted: GenerationRequest, vocab_size: int) -> None:
+    """Every token id that the client named exists in the model. Raises ApiError 400."""
+    for prompt in wanted.prompts:
+        if not isinstance(prompt, str) and max(prompt) >= vocab_size:
+            raise _unknown_token("prompt", vocab_size)
+    if any(token >= vocab_size for token, _ in wanted.sampling.logit_bias):
+        raise _unknown_token("logit_bias", vocab_size)
+    if any(token >= vocab_size for token in wanted.stop_token_ids):
+        raise _unknown_token("stop_token_ids", vocab_size)
+
+
+def choose_max_tokens(
+    wanted: GenerationRequest, prompts: Sequence[Sequence[int]], context: int, default_max_tokens: int
+) -> int:
+    """The answer's token limit. Raises ApiError 400.
+
+    1. A prompt that came to no token -> empty_prompt.
+    2. A prompt that leaves no room for one token -> context_length_exceeded.
+    3. A limit was given: prompt and limit must fit -> that limit.
+    4. None was given -> what the longest prompt leaves, at most `default_max_tokens`; `min_tokens` must fit in it.
+    """
+    longest = max(map(len, prompts))
+    param = "messages" if wanted.operation == "chat" else "prompt"
+    if not all(prompts):  # 1
+        raise bad_request("empty_prompt", f"{param} is empty.", param)
+    if longest >= context:  # 2
+        raise _too_long(context, longest, wanted.max_tokens or 1, param)
+    if wanted.max_tokens is not None:  # 3
+        if longest + wanted.max_tokens > context:
+            raise _too_long(context, longest, wanted.max_tokens, param)
+        return wanted.max_tokens
+    room = min(context - longest, default_max_tokens)  # 4
+    if wanted.sampling.min_tokens > room:
+        raise invalid_value("min_tokens", f"must not be above {room}, the most tokens of this answer")
+    return room
+
+
+def refusal_of(finished: Finished) -> ApiError | None:
+    """How a job that is over is told to its client; None for a success.
+
+    1. Its deadline passed -> 504, and no retry: it would take as long again.
+    2. Its resource was turned off -> 409, and no retry.
+    3. It ended several workers -> 500, and no retry.
+    4. The worker could not take it as it is -> 400.
+    5. Anything else was our fault and cost nothing -> 503, to be tried again. What the worker said stays inside.
+    """
+    if finished.outcome == "succeeded":
+        return None
+    code = finished.error_code
+    if finished.outcome == "expired":  # 1
+        return must_not_retry(
+            ApiError(504, "deadline_exceeded", "The request was not finished before its deadline.")
+        )
+    if code == "resource_off":  # 2
+        return must_not_retry(ApiError(409, "resource_off", "The resource was turned off."))
+    if code == "poison":  # 3
+        return must_not_retry(
+            ApiError(500, "poison", "The request failed on several workers and is given up.")
+        )
+    if code in ("context_length_exceeded", "invalid_token_id"):  # 4
+        return bad_request(code, "The model's worker refused the prompt.", "prompt")
+    return ApiError(
+        503, code or "generation_failed", "The generation failed.", retry_after_s=LOST_RETRY_S
+    )  # 5
+
+
+def _unknown_token(param: str, vocab_size: int) -> ApiError:
+    return bad_request("invalid_token_id", f"{param} names a token id that is not below {vocab_size}.", param)
+
+
+def _too_long(context: int, prompt: int, answer: int, param: str) -> ApiError:
+    message = (
+        f"This model's context length is {context} tokens. You asked for {prompt + answer} tokens: "
+        f"{prompt} in the prompt and {answer} for the completion."
+    )
+    return bad_request("context_length_exceeded", message, param)

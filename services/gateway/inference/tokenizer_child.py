@@ -1,0 +1,110 @@
+"""A tokenizer process: answers questions on its standard input, one at a time, under limits of its own.
+
+Tokenizers and templates are other people's code and data. Here they may use so much memory and processor time, write no file and
+open few; the parent kills the process when an answer takes too long. It holds no secret, has no network use, and ends with its
+parent: at the end of its input, or when its processor time for one question is used up.
+
+Usage: python -m services.gateway.inference.tokenizer_child STORE CPU_S MEMORY_BYTES
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from services.gateway.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
+from services.gateway.inference.tokenizer_protocol import (
+    LENGTH,
+    MAX_FRAME_BYTES,
+    MODEL_UNREADABLE,
+    Answer,
+    AnyQuestion,
+    Decode,
+    Done,
+    EncodeChat,
+    EncodeTexts,
+    Load,
+    Refused,
+    Spellings,
+    SpellTokens,
+    Texts,
+    Tokens,
+    Unload,
+    frame,
+    question_decoder,
+)
+
+MAX_OPEN_FILES = 64
+
+
+class Child:
+    def __init__(self, store: Path) -> None:
+        self._store = store.resolve()
+        self._loaded: dict[str, LoadedTokenizer] = {}
+
+    def answer(self, question: AnyQuestion) -> Answer:
+        try:
+            return self._answer(question)
+        except TokenizationRefused as refusal:
+            return Refused(refusal.code, refusal.message)
+
+    def _answer(self, question: AnyQuestion) -> Answer:
+        match question:
+            case Load(folder):
+                self._loaded[folder] = load_tokenizer(self._path(folder))
+                return Done()
+            case Unload(folder):
+                self._loaded.pop(folder, None)
+                return Done()
+            case EncodeTexts(folder, texts):
+                loaded = self._loaded[folder]
+                return Tokens([loaded.encode_text(text) for text in texts])
+            case EncodeChat(folder, messages):
+                return Tokens([self._loaded[folder].encode_chat(messages)])
+            case Decode(folder, token_lists):
+                loaded = self._loaded[folder]
+                return Texts([loaded.decode(tokens) for tokens in token_lists])
+            case SpellTokens(folder, tokens):
+                loaded = self._loaded[folder]
+                return Spellings([loaded.spell(token) for token in tokens])
+
+    def _path(self, folder: str) -> Path:
+        path = (self._store / folder).resolve()
+        if not path.is_relative_to(self._store) or not path.is_dir():
+            raise TokenizationRefused(MODEL_UNREADABLE, "no such folder in the model store")
+        return path
+
+
+def serve(child: Child, source: BinaryIO, sink: BinaryIO, cpu_s: int) -> None:
+    while True:
+        header = source.read(LENGTH.size)
+        if len(header) < LENGTH.size:
+            return
+        (size,) = LENGTH.unpack(header)
+        if size > MAX_FRAME_BYTES:
+            raise ValueError("question too long")
+        question = question_decoder.decode(source.read(size))
+        allow_cpu(cpu_s)
+        sink.write(frame(child.answer(question)))
+        sink.flush()
+
+
+def allow_cpu(seconds: int) -> None:
+    """Let this process use so much more processor time from now on; past it the kernel ends it (SIGXCPU)."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
+def main(store: str, cpu_s: str, memory_bytes: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
+    serve(Child(Path(store)), sys.stdin.buffer, sys.stdout.buffer, int(cpu_s))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

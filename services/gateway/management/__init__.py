@@ -1,0 +1,20 @@
+"""The management API under `/api`: teams, keys, models, options, prices, resources, usage."""
+
+from __future__ import annotations
+
+from services.gateway.management.acting import ManagementDeps
+from services.gateway.management.keys import Keys
+from services.gateway.management.models import Models
+from services.gateway.management.options_prices import OptionsAndPrices
+from services.gateway.management.resources import Resources
+from services.gateway.management.teams import Teams
+from services.gateway.management.usage import Usage
+from services.gateway.routes import RouteSpec
+
+__all__ = ["ManagementDeps", "routes"]
+
+
+def routes(deps: ManagementDeps) -> list[RouteSpec]:
+    """Return all routes of the management API."""
+    parts = (Teams(deps), Keys(deps), Models(deps), OptionsAndPrices(deps), Resources(deps), Usage(deps))
+    return [spec for part in parts for spec in part.routes()]

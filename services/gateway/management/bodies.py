@@ -1,0 +1,140 @@
+"""The request bodies of `/api` as structs: what is checked here is what the OpenAPI page shows."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from services.gateway.errors import ApiError, bad_request
+
+T = TypeVar("T")
+
+Slug = Annotated[
+    str, Meta(pattern="^[a-z0-9][a-z0-9-]{0,38}$", description="Lower-case letters, digits and hyphens.")
+]
+Title = Annotated[str, Meta(min_length=1, max_length=100)]
+ModelName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9._-]{0,95}$")]
+TypeName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9.-]{0,62}$")]
+OptionName = TypeName
+Usd = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,6})([.][0-9]{1,9})?$", examples=["0.60"])]
+Gpus = Annotated[int, Meta(ge=0, le=64)]
+
+
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of all bodies: a field that is not named is refused."""
+
+
+class CreateTeam(Body):
+    slug: Slug
+    name: Title
+    ppt_fallback: bool = False
+
+
+class ChangeTeam(Body):
+    name: Title | UnsetType = UNSET
+    ppt_fallback: bool | UnsetType = UNSET
+
+
+class CreateKey(Body):
+    name: Title
+    scopes: Annotated[list[Literal["inference", "manage", "platform"]], Meta(min_length=1, max_length=3)]
+
+
+class RegisterModel(Body):
+    name: ModelName
+    path: Annotated[str, Meta(min_length=1, max_length=512, description="Folder below the import folder.")]
+    model_type: TypeName | None = None
+
+
+class CreateOption(Body):
+    model_type: TypeName
+    name: OptionName
+    device_kind: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16", "int8"]
+    max_batch: Annotated[int, Meta(ge=1, le=1024)]
+    max_context_tokens: Annotated[int, Meta(ge=16, le=1_048_576)]
+    kv_tokens: Annotated[int, Meta(ge=16, le=2_147_483_647)]
+    hourly_rate_usd: Usd
+
+
+class SetPrice(Body):
+    model_type: TypeName
+    work_class: Literal["live", "batch"]
+    prompt_usd_per_million: Usd
+    completion_usd_per_million: Usd
+    starts_at: Annotated[str, Meta(max_length=40, description="RFC 3339; now, if it is left out.")] | None = (
+        None
+    )
+
+
+class CreateResource(Body):
+    name: Title
+    model_type: TypeName
+    option: Annotated[
+        str, Meta(min_length=1, max_length=100, description="Name or id of a performance option.")
+    ]
+    gpus: Gpus = 1
+    pool: bool = False
+
+
+class ScaleResource(Body):
+    gpus: Gpus
+
+
+_PLACE = re.compile(r" - at `\$\.?(.*)`$")
+_NAMED = re.compile(r"(unknown|missing required) field `([^`]*)`")
+
+
+def parse(document: dict[str, Any], kind: type[T]) -> T:
+    """Return the body as a struct. Raises `ApiError` 400 that names the field:
+
+    1. A field that the struct lacks -> unknown_parameter.
+    2. A required field that is not there -> missing_parameter.
+    3. Another JSON type -> invalid_type.
+    4. Out of range, pattern or choices, or with control characters -> invalid_value; for money -> invalid_money.
+    """
+    try:
+        value = msgspec.convert(document, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from error
+    _refuse_control_characters(document, "")
+    return value
+
+
+def _refusal(text: str) -> ApiError:
+    place = _PLACE.search(text)
+    param = place[1] if place else ""
+    named = _NAMED.search(text)
+    if named:
+        # A name of theirs may be anything; only a plain one is repeated.
+        field = named[2] if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", named[2]) else "?"
+        param = f"{param}.{field}" if param else field
+        if named[1] == "unknown":  # 1
+            return bad_request("unknown_parameter", f"There is no parameter '{param}'.", param)
+        return bad_request("missing_parameter", f"The parameter '{param}' is required.", param)  # 2
+    said = _PLACE.sub("", text).replace("`", "'")
+    if ", got " in said:  # 3
+        return bad_request("invalid_type", f"{param}: {said}.", param)
+    if param.endswith(("_usd", "_usd_per_million")):  # 4
+        return bad_request(
+            "invalid_money", f'{param} must be a decimal string of USD, such as "0.60".', param
+        )
+    if said.startswith("Invalid enum value"):
+        said = "Not one of the values that are known"
+    return bad_request("invalid_value", f"{param}: {said}.", param)
+
+
+def _refuse_control_characters(value: Any, param: str) -> None:
+    # A pattern's `$` also matches before a last newline, and names are shown on pages and in logs.
+    if isinstance(value, str):
+        if any(ord(character) < 0x20 or ord(character) == 0x7F for character in value):
+            raise bad_request("invalid_value", f"{param} may not contain control characters.", param)
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            _refuse_control_characters(child, f"{param}.{key}" if param else key)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            _refuse_control_characters(child, f"{param}[{index}]")

@@ -1,0 +1,149 @@
+"""Takes a model folder into the store: checks it in a child process, copies what the check listed, and nothing else.
+
+The store's layout is `<model id>/<revision>/` with the model's files and `manifest.json`. A folder appears there by
+one rename, whole and verified, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import structlog
+
+from services.gateway.errors import ApiError, bad_request
+from shared.model_folder import ModelFile, ModelFolderError, ModelManifest, read_child_answer
+
+log = structlog.get_logger()
+
+CHECK_TIMEOUT_S = 60.0
+HASHED_BYTES_PER_S = 100e6
+"""A slow disk's speed: the check reads every byte, so large models get more time."""
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelImporter:
+    """import_dir: where operators put folders to register. store: what workers read."""
+
+    import_dir: Path
+    store: Path
+    one_at_a_time: asyncio.Lock
+    """Checks and copies are heavy on disk and memory; a second one waits."""
+
+    def find(self, path: str) -> Path:
+        """Return the folder below the import folder. Raises `ApiError` 400 for what is not there, or outside."""
+        relative = PurePosixPath(path)
+        root = self.import_dir.resolve()
+        try:
+            if not relative.is_absolute() and ".." not in relative.parts:
+                folder = (root / relative).resolve()
+                # A link may lead out of the import folder although the path does not.
+                if folder.is_relative_to(root) and folder != root and folder.is_dir():
+                    return folder
+        except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+            log.info("import_path_unusable", error=type(error).__name__)
+        raise bad_request("invalid_path", "There is no such folder below the import folder.", "path")
+
+    async def check(self, folder: Path) -> ModelManifest:
+        """Inspect the folder in a child process with limits. Raises `ApiError` 400 with the check's own code."""
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "shared.model_folder",
+            str(folder),
+            cwd=PROJECT_ROOT,
+            # The child runs tokenizers of strangers: it gets none of our secrets.
+            env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=MAX_ANSWER_BYTES,
+        )
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S + _bytes_in(folder) / HASHED_BYTES_PER_S):
+                stdout, _ = await child.communicate()
+        except TimeoutError as error:
+            raise bad_request("check_limit_exceeded", "Checking the model took too long.", "path") from error
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await asyncio.shield(child.wait())
+        try:
+            return read_child_answer(child.returncode or 0, stdout)
+        except ModelFolderError as error:
+            raise bad_request(error.code.value, error.message[:300], "path") from error
+
+    async def take(self, folder: Path, manifest: ModelManifest, model_id: str, revision: int) -> str:
+        """Copy the manifest's files into the store; return the revision's folder below it."""
+        name = f"{model_id}/{revision}"
+        work = asyncio.get_running_loop().run_in_executor(
+            None, self._copy, folder, manifest, self.store / name
+        )
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # A thread cannot be stopped: wait for it, so that what it made can be removed by the caller.
+            await asyncio.wait([work])
+            raise
+        except OSError as error:
+            log.error("model_copy_failed", model_id=model_id, error=str(error))
+            raise ApiError(507, "store_full", "The model could not be written to the store.") from error
+        return name
+
+    async def remove(self, model_id: str) -> None:
+        """Remove what `take` made, of a registration that failed later."""
+        await asyncio.to_thread(shutil.rmtree, self.store / model_id, ignore_errors=True)
+
+    def _copy(self, folder: Path, manifest: ModelManifest, target: Path) -> None:
+        part = target.with_name(f".{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            for file in manifest.files:
+                _place(folder / file.name, part / file.name, file)
+            (part / "manifest.json").write_text(
+                json.dumps(manifest.to_json(), sort_keys=True), encoding="utf-8"
+            )
+            os.rename(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _place(source: Path, target: Path, file: ModelFile) -> None:
+    """Put one file into the store. Weights are linked where that is possible, all else is copied.
+
+    What lies in the store is hashed: between check and copy the source may have become another file. Raises `ApiError`.
+    """
+    linked = False
+    if file.name.endswith(".safetensors"):
+        try:
+            os.link(source, target, follow_symlinks=False)
+            linked = True
+        except OSError:
+            linked = False  # another file system, or one without links
+    if not linked:
+        # O_NOFOLLOW: the name may have become a link since the check.
+        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as reading, target.open("xb") as writing:
+            shutil.copyfileobj(reading, writing, CHUNK_BYTES)
+    if target.is_symlink() or not target.is_file() or _sha256(target) != file.sha256:
+        raise bad_request("folder_changed", "The folder changed while it was registered.", "path")
+
+
+def _bytes_in(folder: Path) -> int:
+    with os.scandir(folder) as entries:
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,34 @@
+"""The gateway's environment, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from shared.settings import CommonSettings, env
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatewaySettings(CommonSettings):
+    database_url: str = env("DATABASE_URL", secret=True)
+    redis_url: str = env("REDIS_URL", secret=True)
+    admin_key: str = env("ROUNDHOUSE_ADMIN_KEY", secret=True)
+    model_store: Path = env("ROUNDHOUSE_MODEL_STORE")  # noqa: RUF009 (env makes a field)
+    model_import_dir: Path = env("ROUNDHOUSE_MODEL_IMPORT_DIR")  # noqa: RUF009
+    http_host: str = env("HTTP_HOST", "127.0.0.1")
+    http_port: int = env("HTTP_PORT", 8080, low=0, high=65535)
+    public_url: str | None = env("PUBLIC_URL", None)
+    """What clients type; without it, URLs in answers repeat the Host that the client used."""
+    allowed_hosts: str = env("ALLOWED_HOSTS", "")
+    """Comma-separated host names that requests may be for; empty accepts any."""
+
+    max_body_bytes: int = env("MAX_BODY_BYTES", 1024 * 1024, low=1024, high=64 * 1024 * 1024)
+    max_connections_per_ip: int = env("MAX_CONNECTIONS_PER_IP", 2048, low=1, high=1_000_000)
+    team_requests_per_s: float = env("TEAM_REQUESTS_PER_S", 200.0, low=0.01, high=1e6)
+    team_burst: int = env("TEAM_BURST", 400, low=1, high=1_000_000)
+    team_in_flight: int = env("TEAM_IN_FLIGHT", 512, low=1, high=1_000_000)
+    gateway_in_flight: int = env("GATEWAY_IN_FLIGHT", 2048, low=1, high=1_000_000)
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        return frozenset(name.strip().lower() for name in self.allowed_hosts.split(",") if name.strip())

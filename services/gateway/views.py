@@ -1,0 +1,176 @@
+"""SELECTs on other services' views: resources and options of the scheduler, prices and usage of billing.
+
+Nothing here writes: what another service owns is changed by a command (`commands.py`).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+import asyncpg
+
+from services.gateway.principal import ResourceView
+from shared.database import Database
+
+GroupBy = Literal["day", "model", "key", "resource"]
+
+_REQUEST_GROUP: dict[str, str] = {
+    "day": "to_char(accepted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    "model": "model_name",
+    "key": "key_id",
+    "resource": "resource_id",
+}
+# Minutes belong to a resource, not to one model or key of it: there they are one group of their own, without a name.
+_MINUTE_GROUP: dict[str, str] = {
+    "day": "to_char(hour AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    "model": "NULL::text",
+    "key": "NULL::text",
+    "resource": "resource_id",
+}
+
+
+class Views:
+    """What the gateway may read of other services."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # ---- scheduler
+
+    async def route_resources(self) -> list[ResourceView]:
+        """Return all resources of all teams, as routing sees them."""
+        rows = await self._database.fetch(
+            "SELECT resource_id, team_id, model_type, pool, wanted, state, live_count, max_context_tokens, reason,"
+            " extract(epoch FROM expected_live_at)::float8 AS expected_live_unix_s,"
+            " extract(epoch FROM created_at)::float8 AS created_unix_s"
+            " FROM scheduler_api.resources_v1 WHERE deleted_at IS NULL"
+        )
+        return [ResourceView(**dict(row)) for row in rows]
+
+    async def resources(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM scheduler_api.resources_v1"
+            " WHERE team_id = $1 AND resource_id > $2 AND deleted_at IS NULL ORDER BY resource_id LIMIT $3",
+            team_id,
+            after,
+            limit,
+        )
+
+    async def resource(self, team_id: str, resource_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT * FROM scheduler_api.resources_v1"
+            " WHERE team_id = $1 AND resource_id = $2 AND deleted_at IS NULL",
+            team_id,
+            resource_id,
+        )
+
+    async def places(self, resource_ids: list[str]) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM scheduler_api.places_v1 WHERE resource_id = ANY($1) ORDER BY resource_id, place",
+            resource_ids,
+        )
+
+    async def decisions(self, resource_id: str, before: int, limit: int) -> list[asyncpg.Record]:
+        """Return the newest decisions with an id below `before`."""
+        return await self._database.fetch(
+            "SELECT decision_id, decided_at, action, words FROM scheduler_api.decisions_v1"
+            " WHERE resource_id = $1 AND decision_id < $2 ORDER BY decision_id DESC LIMIT $3",
+            resource_id,
+            before,
+            limit,
+        )
+
+    async def options(self, model_type: str | None, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM scheduler_api.options_v1"
+            " WHERE ($1::text IS NULL OR model_type = $1) AND option_id > $2 ORDER BY option_id LIMIT $3",
+            model_type,
+            after,
+            limit,
+        )
+
+    async def option(self, model_type: str, name_or_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT * FROM scheduler_api.options_v1 WHERE model_type = $1 AND (name = $2 OR option_id = $2)",
+            model_type,
+            name_or_id,
+        )
+
+    # ---- billing
+
+    async def prices(self, model_type: str | None, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.prices_v1"
+            " WHERE ($1::text IS NULL OR model_type = $1) AND price_id > $2 ORDER BY price_id LIMIT $3",
+            model_type,
+            after,
+            limit,
+        )
+
+    async def latest_price(self, model_type: str, work_class: str) -> asyncpg.Record | None:
+        """Return the version with the latest start, which may lie ahead."""
+        return await self._database.fetchrow(
+            "SELECT * FROM billing_api.prices_v1 WHERE model_type = $1 AND work_class = $2"
+            " ORDER BY starts_at DESC LIMIT 1",
+            model_type,
+            work_class,
+        )
+
+    async def balance_nanousd(self, team_id: str) -> int:
+        row = await self._database.fetchrow(
+            "SELECT balance_nanousd FROM billing_api.balances_v1 WHERE team_id = $1", team_id
+        )
+        return 0 if row is None else int(row["balance_nanousd"])
+
+    async def usage(
+        self, team_id: str, start: datetime, end: datetime, group_by: GroupBy
+    ) -> list[dict[str, Any]]:
+        """Return requests, tokens and minutes of [start, end) by group; the group without a name comes last."""
+        # The expressions are the constants above, chosen by a checked key: nothing of the request is in the text.
+        sql = f"""
+            SELECT "group", sum(requests)::bigint AS requests, sum(prompt_tokens)::bigint AS prompt_tokens,
+                   sum(completion_tokens)::bigint AS completion_tokens,
+                   sum(tokens_nanousd)::bigint AS tokens_nanousd,
+                   sum(minutes)::bigint AS minutes, sum(minutes_nanousd)::bigint AS minutes_nanousd
+            FROM (
+                SELECT {_REQUEST_GROUP[group_by]} AS "group", 1 AS requests, prompt_tokens, completion_tokens,
+                       charged_nanousd AS tokens_nanousd, 0 AS minutes, 0 AS minutes_nanousd
+                FROM billing_api.requests_v1 WHERE team_id = $1 AND accepted_at >= $2 AND accepted_at < $3
+                UNION ALL
+                SELECT {_MINUTE_GROUP[group_by]}, 0, 0, 0, 0, minutes, posted_nanousd
+                FROM billing_api.minutes_v1 WHERE team_id = $1 AND hour >= $2 AND hour < $3
+            ) AS facts
+            GROUP BY "group" ORDER BY "group" NULLS LAST LIMIT 1000
+        """
+        return [dict(row) for row in await self._database.fetch(sql, team_id, start, end)]
+
+    async def requests(
+        self,
+        team_id: str,
+        before: tuple[datetime, str] | None,
+        limit: int,
+        model: str | None,
+        resource_id: str | None,
+    ) -> list[asyncpg.Record]:
+        """Return request records, newest first, that are older than `before` (accepted_at, job_id)."""
+        at, job_id = before or (None, None)
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.requests_v1 WHERE team_id = $1"
+            " AND ($2::timestamptz IS NULL OR (accepted_at, job_id) < ($2, $3))"
+            " AND ($4::text IS NULL OR model_name = $4) AND ($5::text IS NULL OR resource_id = $5)"
+            " ORDER BY accepted_at DESC, job_id DESC LIMIT $6",
+            team_id,
+            at,
+            job_id,
+            model,
+            resource_id,
+            limit,
+        )
+
+    async def jobs_of_request(self, team_id: str, request_id: str) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.requests_v1 WHERE team_id = $1 AND request_id = $2 ORDER BY job_id LIMIT 100",
+            team_id,
+            request_id,
+        )
