@@ -1,0 +1,49 @@
+# Every target prepares what it needs and is safe to repeat. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup up down status logs clean test test-unit lint format
+
+BOOTSTRAP := infra/local/bootstrap.sh
+PYTHON := .venv/bin/python
+# Only set-up makes .venv, and what needs no running system should work before it, too.
+HAVE_VENV = test -x $(PYTHON) || { echo "roundhouse: nothing is set up yet: run 'make up'" >&2; exit 1; }
+# Tests run beside each other's servers on two cores: more threads would only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(PYTHON) -m pytest -q
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## install what is missing: Debian's packages, .venv/
+	@$(BOOTSTRAP)
+
+up: ## set up and start everything; ends with a first answer, the address and the key
+	@$(BOOTSTRAP) infra.local up
+
+down: ## stop everything; data are kept in .local/
+	@$(HAVE_VENV); $(PYTHON) -m infra.local down
+
+status: ## what runs
+	@$(HAVE_VENV); $(PYTHON) -m infra.local status || test $$? = 3 # 3: nothing runs, which is an answer
+
+logs: ## follow the logs; NAMES="gateway scheduler" for some of them
+	@$(HAVE_VENV); $(PYTHON) -m infra.local logs --follow $(NAMES)
+
+clean: ## stop everything and remove .local/ (data, logs, keys)
+	@if test -x $(PYTHON); then $(PYTHON) -m infra.local clean; else rm -rf .local; fi
+
+lint: setup ## ruff and mypy
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+format: setup ## let ruff format and sort
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+test-unit: setup ## only the tests that need no server
+	@$(PYTEST) tests/unit
+
+test: lint ## everything: lint, then all tests against real RabbitMQ, Redis and PostgreSQL of their own
+	@$(PYTEST) tests/unit
+	@$(TEST_ENV) $(PYTHON) -m infra.local.testservers $(PYTHON) -m pytest -q \
+		$(wildcard tests/contract tests/integration tests/e2e)
