@@ -43,7 +43,9 @@ def read_migrations(folder: Path = FOLDER) -> list[Migration]:
         text = path.read_text(encoding="utf-8")
         parts = re.split(r"^-- migrate:(?:up|down)[^\n]*\n", text, flags=re.MULTILINE)
         if match is None or len(parts) != 3:
-            raise MigrationError(f"{path.name}: expected <14 digits>_<name>.sql with migrate:up and migrate:down")
+            raise MigrationError(
+                f"{path.name}: expected <14 digits>_<name>.sql with migrate:up and migrate:down"
+            )
         found.append(Migration(match[1], path, parts[1], parts[2], hashlib.sha256(text.encode()).hexdigest()))
     if len({m.version for m in found}) != len(found):
         raise MigrationError("two migrations have the same version")
@@ -51,12 +53,16 @@ def read_migrations(folder: Path = FOLDER) -> list[Migration]:
 
 
 async def _applied(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str, str | None]:
-    await connection.execute("CREATE TABLE IF NOT EXISTS schema_migrations (version varchar(128) PRIMARY KEY)")
+    await connection.execute(
+        "CREATE TABLE IF NOT EXISTS schema_migrations (version varchar(128) PRIMARY KEY)"
+    )
     await connection.execute("ALTER TABLE schema_migrations ADD COLUMN IF NOT EXISTS checksum text")
     return {r["version"]: r["checksum"] for r in await connection.fetch("SELECT * FROM schema_migrations")}
 
 
-async def migrate_up(connection: asyncpg.Connection[asyncpg.Record], migrations: list[Migration]) -> list[str]:
+async def migrate_up(
+    connection: asyncpg.Connection[asyncpg.Record], migrations: list[Migration]
+) -> list[str]:
     """Apply what is missing, in order; return the applied versions. Raises `MigrationError` on a changed file."""
     await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     try:
@@ -65,7 +71,9 @@ async def migrate_up(connection: asyncpg.Connection[asyncpg.Record], migrations:
         for migration in migrations:
             if migration.version in applied:
                 if applied[migration.version] not in (None, migration.checksum):
-                    raise MigrationError(f"{migration.path.name} was changed after it was applied; add a new one")
+                    raise MigrationError(
+                        f"{migration.path.name} was changed after it was applied; add a new one"
+                    )
                 continue
             async with connection.transaction():
                 await connection.execute(migration.up)
@@ -80,7 +88,9 @@ async def migrate_up(connection: asyncpg.Connection[asyncpg.Record], migrations:
         await connection.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
 
 
-async def migrate_down(connection: asyncpg.Connection[asyncpg.Record], migrations: list[Migration]) -> str | None:
+async def migrate_down(
+    connection: asyncpg.Connection[asyncpg.Record], migrations: list[Migration]
+) -> str | None:
     """Undo the newest applied migration; return its version, or None when nothing is applied."""
     await connection.execute("SELECT pg_advisory_lock($1)", LOCK_KEY)
     try:

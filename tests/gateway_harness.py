@@ -1,0 +1,282 @@
+"""A gateway's management side on real PostgreSQL, RabbitMQ and Redis, with stand-ins for scheduler and billing.
+
+The stand-ins carry out commands in the plainest way: what these tests look at is the gateway's half.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from services.gateway import edge, keys, management, public
+from services.gateway.commands import CommandCaller
+from services.gateway.model_import import ModelImporter
+from services.gateway.openapi import PROBLEM
+from services.gateway.outbox import Outbox
+from services.gateway.owner import Owner
+from services.gateway.route_table import RouteTable
+from services.gateway.routes import RouteSpec
+from services.gateway.store import Store
+from services.gateway.views import Views
+from services.gateway.wire import WireSite
+from shared import messages, topology
+from shared.broker import Broker, Delivery
+from shared.database import Database
+from shared.ids import new_id
+from shared.messages import CommandResult
+from shared.outcomes import Done
+
+ADMIN_KEY = "sk-rh-" + "p" * 43
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        document = self.json
+        return str(document["error"]["code"] if "error" in document else document["code"])
+
+
+@dataclass
+class Gateway:
+    """Client and insides of a running gateway."""
+
+    base: str
+    session: aiohttp.ClientSession
+    sql: asyncpg.Connection[asyncpg.Record]
+    database: Database
+    broker: Broker
+    store: Store
+    key_cache: keys.KeyCache
+    routes: RouteTable
+    outbox: Outbox
+    specs: list[RouteSpec]
+    import_dir: Path
+    model_store: Path
+    commands: list[messages.Command] = field(default_factory=list)
+    """What the stand-ins were asked, in order."""
+    turned_off: list[str] = field(default_factory=list)
+    """Resources whose waiting jobs were ended."""
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        key: str | None = ADMIN_KEY,
+        headers: dict[str, str] | None = None,
+    ) -> Reply:
+        sent = dict(headers or {})
+        if key:
+            sent["Authorization"] = f"Bearer {key}"
+        data = None
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            sent.setdefault("Content-Type", "application/json")
+        async with self.session.request(
+            method, self.base + path, data=data, headers=sent, allow_redirects=False
+        ) as reply:
+            answer = Reply(reply.status, {k.lower(): v for k, v in reply.headers.items()}, await reply.read())
+        check_described(self.specs, method, path.partition("?")[0], answer)
+        return answer
+
+    async def make_team(self, slug: str) -> str:
+        """Return the secret of a new team's key with the scopes inference and manage."""
+        reply = await self.call("POST", "/api/teams", {"slug": slug, "name": slug.title()})
+        assert reply.status == 201, reply.body
+        reply = await self.call(
+            "POST", f"/api/keys?team={slug}", {"name": "first", "scopes": ["inference", "manage"]}
+        )
+        assert reply.status == 201, reply.body
+        return str(reply.json["secret"])
+
+    async def make_option(self, model_type: str, name: str = "bf16") -> dict[str, Any]:
+        body = {
+            "model_type": model_type, "name": name, "device_kind": "cpu", "precision": "bf16", "max_batch": 4,
+            "max_context_tokens": 64, "kv_tokens": 256, "hourly_rate_usd": "0.60",
+        }  # fmt: skip
+        reply = await self.call("POST", "/api/options", body)
+        assert reply.status == 201, reply.body
+        option: dict[str, Any] = reply.json
+        return option
+
+
+def check_described(specs: list[RouteSpec], method: str, path: str, answer: Reply) -> None:
+    """Every answer of a route is one that the OpenAPI page describes."""
+    for spec in specs:
+        pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.escape(spec.template))
+        if spec.method == method and re.fullmatch(pattern, path):
+            if answer.status < 400:
+                assert spec.responses is not None and answer.status in spec.responses, (
+                    spec.path,
+                    answer.status,
+                )
+                schema = spec.responses[answer.status]
+                if schema is not None:
+                    Draft202012Validator(schema).validate(answer.json)
+            elif answer.headers["content-type"].startswith("application/problem+json"):
+                Draft202012Validator(PROBLEM).validate(answer.json)
+
+
+class StandIn:
+    """Runs commands as scheduler and billing would, with the tables' owner's rights."""
+
+    def __init__(
+        self, broker: Broker, pool: asyncpg.Pool[asyncpg.Record], seen: list[messages.Command]
+    ) -> None:
+        self._broker = broker
+        self._pool = pool
+        self._seen = seen
+
+    async def on_command(self, delivery: Delivery) -> Done:
+        command = delivery.message
+        self._seen.append(command)
+        async with self._pool.acquire() as sql, sql.transaction():
+            try:
+                result = await self._run(sql, command)
+            except asyncpg.UniqueViolationError:
+                result = self._no(command, "name_taken")
+        await self._broker.send(command.reply_queue, result)
+        return Done()
+
+    def _no(self, command: messages.Command, code: str) -> CommandResult:
+        return CommandResult(command_id=command.command_id, ok=False, code=code, message=code)
+
+    async def _run(self, sql: Any, command: Any) -> CommandResult:
+        body: dict[str, Any] = {}
+        match command:
+            case messages.CreateOption():
+                body = {"option_id": new_id("opt")}
+                await sql.execute(
+                    "INSERT INTO scheduler.performance_options VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+                    body["option_id"], command.model_type, command.name, command.device_kind, command.precision,
+                    command.max_batch, command.max_context_tokens, command.kv_tokens, command.hourly_rate_nanousd,
+                )  # fmt: skip
+            case messages.CreateResource():
+                body = {"resource_id": new_id("res")}
+                await sql.execute(
+                    "INSERT INTO scheduler.resources (resource_id, team_id, name, model_type, option_id, pool, fixed_count)"
+                    " VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                    body["resource_id"], command.team_id, command.name, command.model_type, command.option_id,
+                    command.pool, command.fixed_count,
+                )  # fmt: skip
+            case messages.SetPrice():
+                body = {"price_id": new_id("price")}
+                await sql.execute(
+                    "INSERT INTO billing.prices VALUES ($1, $2, $3, $4, $5, to_timestamp($6::float8 / 1000))",
+                    body["price_id"], command.model_type, command.work_class, command.prompt_nanousd,
+                    command.completion_nanousd, float(command.starts_unix_ms),
+                )  # fmt: skip
+            case _:
+                return await self._change(sql, command)
+        return CommandResult(command_id=command.command_id, ok=True, body=body)
+
+    async def _change(self, sql: Any, command: Any) -> CommandResult:
+        row = await sql.fetchrow(
+            "SELECT * FROM scheduler.resources WHERE resource_id = $1 AND team_id = $2 AND deleted_at IS NULL",
+            command.resource_id,
+            command.team_id,
+        )
+        if row is None:
+            return self._no(command, "not_found")
+        if isinstance(command, messages.DeleteResource) and row["state"] != "off":
+            return self._no(command, "resource_not_off")
+        if isinstance(command, messages.TurnOffResource):
+            # Not in one step: the table knows no way from live to off.
+            await sql.execute(
+                "UPDATE scheduler.resources SET state = 'draining' WHERE resource_id = $1 AND state <> 'off'",
+                command.resource_id,
+            )
+        change = {
+            messages.TurnOnResource: "wanted = 'on', state = 'starting'",
+            messages.TurnOffResource: "wanted = 'off', state = 'off'",
+            messages.DeleteResource: "deleted_at = now()",
+        }.get(type(command))
+        if isinstance(command, messages.ScaleResource):
+            change = f"fixed_count = {command.fixed_count:d}"
+        await sql.execute(
+            f"UPDATE scheduler.resources SET {change} WHERE resource_id = $1", command.resource_id
+        )
+        return CommandResult(command_id=command.command_id, ok=True)
+
+
+@asynccontextmanager
+async def running_gateway(
+    database_url: str, amqp_url: str, folder: Path, *, with_stand_ins: bool = True
+) -> AsyncIterator[Gateway]:
+    import_dir, model_store = folder / "import", folder / "store"
+    import_dir.mkdir(exist_ok=True)
+    model_store.mkdir(exist_ok=True)
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        sql = await asyncpg.connect(database_url)
+        stack.push_async_callback(sql.close)
+        pool = await asyncpg.create_pool(database_url, min_size=1, max_size=2)
+        stack.push_async_callback(pool.close)
+        database = await Database.open(database_url, "roundhouse_gateway", stack)
+        broker = await Broker.open(amqp_url, "gateway-test", stack)
+        group = await stack.enter_async_context(asyncio.TaskGroup())
+
+        store, views = Store(database), Views(database)
+        key_cache, routes = keys.KeyCache(store), RouteTable(store, views)
+        outbox, commands = Outbox(database, broker), CommandCaller(broker)
+        owner = Owner(broker, outbox.add, commands.on_result)
+        commands.reply_queue = owner.queue
+        await store.ensure_platform(
+            new_id("team"), keys.new_key("", "environment", ADMIN_KEY, ("platform", "manage", "inference"))
+        )
+        await owner.start(group)
+        seen: list[messages.Command] = []
+        turned_off: list[str] = []
+
+        async def when_off(resource_id: str, code: str, message: str) -> int:
+            turned_off.append(f"{resource_id} {code}")
+            return await owner.fail_queued(resource_id, code, message)
+
+        stand_in = StandIn(broker, pool, seen)
+        background = [
+            group.create_task(routes.keep_fresh(when_off)),
+            group.create_task(key_cache.keep_fresh()),
+        ]
+        if with_stand_ins:
+            for queue, of in (
+                (topology.SCHEDULER_COMMANDS, messages.SchedulerCommand),
+                (topology.BILLING_COMMANDS, messages.BillingCommand),
+            ):
+                background.append(group.create_task(broker.consume(queue, of, stand_in.on_command)))
+        importer = ModelImporter(import_dir, model_store, asyncio.Lock())
+        deps = management.ManagementDeps(store, views, routes, key_cache, commands, importer, None)
+        specs = public.with_openapi([*management.routes(deps), *public.routes(list)])
+        runner = edge.build_runner(edge.build_app(specs, key_cache, edge.EdgeLimits()), drain_timeout_s=0.1)
+        await runner.setup()
+        edge.guard_expectations(runner)
+        site = WireSite(runner, "127.0.0.1", 0, max_per_peer=1000)
+        await site.start()
+        try:
+            yield Gateway(
+                f"http://127.0.0.1:{site.port}", session, sql, database, broker, store, key_cache, routes, outbox, specs,
+                import_dir, model_store, seen, turned_off,
+            )  # fmt: skip
+        finally:
+            await runner.cleanup()
+            for task in [*background, *group._tasks]:
+                task.cancel()
