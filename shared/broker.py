@@ -200,16 +200,23 @@ class Broker:
             return int(queue.declaration_result.consumer_count or 0)
 
     async def publish(
-        self, queue: topology.Queue | str, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S
+        self,
+        queue: topology.Queue | str,
+        message: Message,
+        *,
+        timeout_s: float = PUBLISH_TIMEOUT_S,
+        persistent: bool = True,
     ) -> None:
-        """Publish durably and wait for the broker's confirm.
+        """Publish and wait for the broker's confirm. persistent: it survives a restart of the broker.
 
         Raises `PublishUnknown` (no answer in time: it may be in the queue), `PublishRefused` (queue full),
         `Unroutable` (no such queue), `Unavailable` (not connected; certainly not sent).
         """
         name = queue if isinstance(queue, str) else queue.name
         with telemetry.span(f"send {name}", kind=SpanKind.PRODUCER, attributes=_messaging(name, "send")):
-            await self._publish_confirmed(self._confirmed.default_exchange, name, message, timeout_s)
+            await self._publish_confirmed(
+                self._confirmed.default_exchange, name, message, timeout_s, persistent=persistent
+            )
 
     async def publish_event(self, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """Publish a fact to the events exchange under its type, durably and confirmed; raises like `publish`."""
@@ -217,7 +224,13 @@ class Broker:
         await self._publish_confirmed(self._events_confirmed, key, message, timeout_s)
 
     async def _publish_confirmed(
-        self, exchange: aio_pika.abc.AbstractExchange, key: str, message: Message, timeout_s: float
+        self,
+        exchange: aio_pika.abc.AbstractExchange,
+        key: str,
+        message: Message,
+        timeout_s: float,
+        *,
+        persistent: bool = True,
     ) -> None:
         body = encode(message)
         if len(body) > MAX_MESSAGE_BYTES:

@@ -1,0 +1,1 @@
+"""The scheduler: resources, their places, and the workers on them."""

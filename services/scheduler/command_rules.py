@@ -1,0 +1,65 @@
+"""Pure: whether the values of a command can be right, before anything is looked up."""
+
+from __future__ import annotations
+
+import re
+
+from shared.messages import CreateOption, CreateResource, ScaleResource, SchedulerCommand
+
+MAX_COUNT = 64
+MAX_NAME = 100
+MAX_BATCH = 1024
+CONTEXT_TOKENS = range(16, 1_048_576 + 1)
+MAX_KV_TOKENS = 2**31 - 1
+MAX_HOURLY_RATE_NANOUSD = 10_000 * 10**9
+_OPTION_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+_MODEL_TYPE = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_MAX_TEXT = 200
+
+
+def problem_of(command: SchedulerCommand) -> str | None:
+    """Return what is wrong with the values, naming the field; None when nothing is.
+
+    1. Ids and actor: short printable text. 2. Numbers in the ranges that the tables have too. 3. Names: an option's
+    is a slug, a resource's any printable text of 1 to 100 characters without space at its ends.
+    """
+    for field in ("command_id", "actor", "team_id", "resource_id", "option_id"):
+        value = getattr(command, field, None)
+        if value is not None and not _is_text(value, _MAX_TEXT):
+            return f"{field} must be 1 to {_MAX_TEXT} printable characters"
+    match command:
+        case CreateOption():
+            return _option_problem(command)
+        case CreateResource():
+            if not _is_text(command.name, MAX_NAME) or command.name != command.name.strip():
+                return f"name must be 1 to {MAX_NAME} printable characters"
+            if not _MODEL_TYPE.fullmatch(command.model_type):
+                return "model_type is not a model type's name"
+            return _count_problem(command.fixed_count)
+        case ScaleResource():
+            return _count_problem(command.fixed_count)
+    return None
+
+
+def _option_problem(command: CreateOption) -> str | None:
+    if not _MODEL_TYPE.fullmatch(command.model_type):
+        return "model_type is not a model type's name"
+    if not _OPTION_NAME.fullmatch(command.name):
+        return "name must be 1 to 63 of a-z, 0-9, dot and dash, and begin with a letter or digit"
+    if not 1 <= command.max_batch <= MAX_BATCH:
+        return f"max_batch must be between 1 and {MAX_BATCH}"
+    if command.max_context_tokens not in CONTEXT_TOKENS:
+        return f"max_context_tokens must be between {CONTEXT_TOKENS.start} and {CONTEXT_TOKENS.stop - 1}"
+    if not command.max_context_tokens <= command.kv_tokens <= MAX_KV_TOKENS:
+        return f"kv_tokens must be between max_context_tokens and {MAX_KV_TOKENS}"
+    if not 0 <= command.hourly_rate_nanousd <= MAX_HOURLY_RATE_NANOUSD:
+        return f"hourly_rate_nanousd must be between 0 and {MAX_HOURLY_RATE_NANOUSD}"
+    return None
+
+
+def _count_problem(count: int) -> str | None:
+    return None if 0 <= count <= MAX_COUNT else f"fixed_count must be between 0 and {MAX_COUNT}"
+
+
+def _is_text(value: str, most: int) -> bool:
+    return 1 <= len(value) <= most and value.isprintable()

@@ -1,0 +1,119 @@
+"""What the decisions look at, as plain values. A view is stored with each decision, so that it can be replayed.
+
+All times are Unix seconds on the database's clock. The reports of nodes and workers are already joined to the places
+they are about, so a decision needs nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from services.scheduler.states import PlaceState, ResourceState
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Times and counts that decisions go by."""
+
+    node_fresh_s: float = 5.0
+    """Five missed reports of a node agent: no new worker is placed there."""
+    lost_after_s: float = 8.0
+    start_timeout_s: float = 180.0
+    start_resend_s: float = 3.0
+    stop_resend_s: float = 10.0
+    drain_grace_s: float = 900.0
+    start_grace_s: float = 10.0
+    """For a worker that was never ready: it has no job to finish."""
+    backoff_first_s: float = 2.0
+    backoff_longest_s: float = 300.0
+    exit_pause_s: float = 1.0
+    """Between the end of a worker that had been ready and the next start."""
+    failures_until_failed: int = 5
+    prove_every_s: float = 2.0
+    """A crash of the scheduler leaves at most this much of live time to be proved by the next report."""
+    interval_gap_s: float = 30.0
+    """A longer silence between two reports is not billed: the interval ends before it."""
+    usual_start_cpu_s: float = 20.0
+    usual_start_cuda_s: float = 60.0
+
+
+class ProcessSeen(Struct, frozen=True, kw_only=True):
+    """What the node's latest report says of an incarnation. `absent`: the node does not know it."""
+
+    state: Literal["absent", "running", "exited"]
+    device: str = ""
+    reason: str = ""
+
+
+class WorkerSeen(Struct, frozen=True, kw_only=True):
+    """A worker's latest report."""
+
+    phase: str
+    heard_at: float
+    jobs: int = 0
+    hot_models: int = 0
+    detail: str = ""
+
+
+class PlaceView(Struct, frozen=True, kw_only=True):
+    """One taken seat with all that is known of its worker."""
+
+    place: int
+    state: PlaceState
+    incarnation: str
+    worker_id: str
+    node_id: str
+    device: str
+    granted_at: float
+    phase: str = "placing"
+    start_attempt: int = 1
+    ready_at: float | None = None
+    reported_at: float | None = None
+    """As stored; the worker's latest report may be newer."""
+    drain_sent_at: float | None = None
+    given_up: bool = False
+    proved_until: float | None = None
+    """Of its open interval; None without one."""
+    node_heard_at: float | None = None
+    process: ProcessSeen | None = None
+    """None while nothing has been heard from the node."""
+    worker: WorkerSeen | None = None
+    start_sent_at: float | None = None
+    stop_sent_at: float | None = None
+
+
+class FreeDevice(Struct, frozen=True):
+    node_id: str
+    device: str
+    kind: str
+
+
+class ResourceView(Struct, frozen=True, kw_only=True):
+    """One resource with its places and the devices that it could get."""
+
+    now: float
+    limits: Limits
+    resource_id: str
+    team_id: str
+    option_id: str
+    device_kind: str
+    hourly_rate_nanousd: int
+    wanted: Literal["on", "off"]
+    fixed_count: int
+    state: ResourceState
+    pool: bool = False
+    reason: str = ""
+    expected_live_at: float | None = None
+    failures: int = 0
+    """Failed starts in a row, since the last success and the last time it was turned on."""
+    last_failure_at: float | None = None
+    last_failure: str = ""
+    last_exit_at: float | None = None
+    """When a worker that had been ready was seen gone without having been asked to leave."""
+    usual_start_s: float | None = None
+    """Median of the option's latest successful starts."""
+    places: list[PlaceView] = []
+    free_devices: list[FreeDevice] = []
+    observing_since: float | None = None
+    """Since when reports could be received without a break; None while the broker is away."""
