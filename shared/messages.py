@@ -85,7 +85,11 @@ class GenerateJob(Message, frozen=True, tag="job.generate.v1"):
 
 
 class JobClaimed(Message, frozen=True, tag="job.claimed.v1"):
-    """A worker asks the job's owner whether it may run the job."""
+    """A worker asks the job's owner whether it may run the job.
+
+    A job's first delivery may be begun at once, as attempt 1, while the claim is on its way: the first worker's word
+    (claim, tokens or finish) that reaches the owner makes it the holder.
+    """
 
     job_id: str
     claim_id: str
@@ -102,12 +106,26 @@ class Granted(Message, frozen=True, tag="job.granted.v1"):
     prior_tokens: list[list[int]]
 
 
+class FinishedReport(Part, frozen=True):
+    """How a job ended that a worker finished: enough for another worker to report it to billing."""
+
+    attempt: int
+    outcome: Outcome
+    completion_tokens: int
+    error_code: str | None = None
+
+
 class Drop(Message, frozen=True, tag="job.drop.v1"):
-    """The owner's no; the worker acks the job and forgets it."""
+    """The owner's no; the worker acks the job and forgets it.
+
+    report: the job was finished by a worker, perhaps one that died before billing knew. Whoever gets this publishes
+    the fact before it acks; the fact's id depends on job and attempt alone, so a double changes nothing.
+    """
 
     job_id: str
     claim_id: str
     reason: Literal["unknown", "finished", "cancelled", "expired", "running_elsewhere", "poison"]
+    report: FinishedReport | None = None
 
 
 class CancelJob(Message, frozen=True, tag="job.cancel.v1"):

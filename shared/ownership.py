@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from shared import topology
 from shared.messages import (
     CancelJob,
     ChoiceResult,
     Drop,
+    FinishedReport,
     GenerateJob,
     Granted,
     JobClaimed,
@@ -105,7 +107,6 @@ Action = Send | Deliver | End | Republish
 class _Holder:
     worker_id: str
     queue: str
-    claim_id: str
     last_word_s: float
 
 
@@ -125,9 +126,12 @@ class Grant:
     attempt: int
 
 
+RefusalReason = Literal["unknown", "finished", "cancelled", "expired", "running_elsewhere", "poison"]
+
+
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    reason: Literal["unknown", "finished", "cancelled", "expired", "running_elsewhere", "poison"]
+    reason: RefusalReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,8 @@ class OwnedJob:
         self._choices = [_Choice() for _ in range(job.choices)]
         self._waiting: dict[str, tuple[JobClaimed, float]] = {}
         self._last_activity_s = now_s
+        self.report: FinishedReport | None = None
+        """Set once a worker's finish ended the job: what billing must hear of it, from whichever worker."""
 
     @property
     def over(self) -> bool:
@@ -237,8 +243,7 @@ class OwnedJob:
                 case Grant(attempt):
                     actions += self._grant(claim, attempt, now_s)
                 case Refuse(reason):
-                    drop = Drop(job_id=self.job.job_id, claim_id=claim.claim_id, reason=reason)
-                    actions.append(Send(claim.worker_queue, drop))
+                    actions.append(self._drop(claim, reason))
                     if reason == "poison":
                         message = f"the job ended {MAX_ATTEMPTS} workers before it ended itself"
                         actions += self._end(JobState.FAILED, "poison", message)
@@ -256,12 +261,23 @@ class OwnedJob:
                 choice.granted_logprobs = choice.logprobs
         self.attempt = attempt
         self.state = JobState.RUNNING
-        self._holder = _Holder(claim.worker_id, claim.worker_queue, claim.claim_id, now_s)
+        self._holder = _Holder(claim.worker_id, claim.worker_queue, now_s)
         self._last_activity_s = now_s
         grant = Granted(
             job_id=self.job.job_id, claim_id=claim.claim_id, attempt=attempt, prior_tokens=self.tokens
         )
         return [*actions, Send(claim.worker_queue, grant)]
+
+    def _drop(self, claim: JobClaimed, reason: RefusalReason) -> Send:
+        drop = Drop(job_id=self.job.job_id, claim_id=claim.claim_id, reason=reason, report=self.report)
+        return Send(claim.worker_queue, drop)
+
+    def _adopt(self, worker_id: str, attempt: int, now_s: float) -> None:
+        """The first word on a job that nobody holds is as good as a claim: its grant follows when the claim comes."""
+        if self.state is JobState.QUEUED and attempt == 1 and now_s < self.deadline_s:
+            self.state = JobState.RUNNING
+            self.attempt = 1
+            self._holder = _Holder(worker_id, topology.worker_commands(worker_id).name, now_s)
 
     def on_beat(self, worker_id: str, attempt: int, now_s: float) -> list[Action]:
         """The holder says that it still has the job."""
@@ -271,6 +287,7 @@ class OwnedJob:
 
     def on_delta(self, worker_id: str, delta: TokenDelta, now_s: float) -> list[Action]:
         """Take new tokens from the granted attempt, by index: doubles are ignored, gaps are asked for."""
+        self._adopt(worker_id, delta.attempt, now_s)
         if (
             self.over
             or not self._holds(worker_id, delta.attempt)
@@ -313,12 +330,21 @@ class OwnedJob:
         """The granted attempt ended: deliver what is still missing, then end. Older attempts are ignored."""
         # Attempt 0 is the dead-letter consumer's word: no worker could take the message at all.
         dead_letter = finished.attempt == 0 and self.state is JobState.QUEUED
+        self._adopt(finished.worker_id, finished.attempt, now_s)
         if self.over or not (dead_letter or self._holds(finished.worker_id, finished.attempt)):
             return []
         actions: list[Action] = [
             rest for result in finished.choices if (rest := self._mend(result)) is not None
         ]
         self.state = JobState(finished.outcome)
+        if not dead_letter:
+            completion_tokens = sum(len(choice.tokens) for choice in self._choices)
+            self.report = FinishedReport(
+                attempt=self.attempt,
+                outcome=finished.outcome,
+                completion_tokens=completion_tokens,
+                error_code=finished.error_code,
+            )
         actions.append(
             End(
                 finished.outcome,
@@ -380,13 +406,7 @@ class OwnedJob:
         return [End(state.value, code, message, Timings(), (), by_worker=False)]  # type: ignore[arg-type]
 
     def _drop_waiting(self) -> list[Action]:
-        drops: list[Action] = [
-            Send(
-                claim.worker_queue,
-                Drop(job_id=self.job.job_id, claim_id=claim.claim_id, reason="finished"),
-            )
-            for claim, _ in self._waiting.values()
-        ]
+        drops: list[Action] = [self._drop(claim, "finished") for claim, _ in self._waiting.values()]
         self._waiting.clear()
         return drops
 

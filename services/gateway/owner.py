@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +21,7 @@ from shared.ids import new_id
 from shared.messages import (
     CommandResult,
     Drop,
+    FinishedReport,
     GenerateJob,
     JobClaimed,
     JobFinished,
@@ -42,6 +43,8 @@ TICK_S = 0.25
 BEAT_S = 1.0
 PUBLISH_TIMEOUT_S = 5.0
 BUSY_RETRY_S = 2
+ENDED_LIMIT = 20_000
+"""Jobs whose end is remembered for the claim of a late or second delivery, so that billing hears of them once."""
 INBOX_LIMIT = 50_000
 """Replies waiting for the dispatcher; as many as the broker's own queue holds."""
 
@@ -139,6 +142,7 @@ class Owner:
         self._void = void
         self._on_command_result = on_command_result
         self._streams: dict[str, OwnedStream] = {}
+        self._ended: OrderedDict[str, FinishedReport] = OrderedDict()
         self._inbox: asyncio.Queue[ReplyMessage] = asyncio.Queue(INBOX_LIMIT)
 
     def __len__(self) -> int:
@@ -224,9 +228,10 @@ class Owner:
         if stream is not None:
             await self._act(stream, stream.owned.on_claim(claim, now_s))
             return
-        await self._send(
-            claim.worker_queue, Drop(job_id=claim.job_id, claim_id=claim.claim_id, reason="unknown")
-        )
+        report = self._ended.get(claim.job_id)
+        reason: Literal["finished", "unknown"] = "finished" if report else "unknown"
+        drop = Drop(job_id=claim.job_id, claim_id=claim.claim_id, reason=reason, report=report)
+        await self._send(claim.worker_queue, drop)
 
     async def _act(self, stream: OwnedStream, actions: list[Action]) -> None:
         for action in actions:
@@ -249,6 +254,10 @@ class Owner:
 
     async def _end(self, stream: OwnedStream, end: End) -> None:
         self._streams.pop(stream.owned.job.job_id, None)
+        if stream.owned.report is not None:
+            self._ended[stream.owned.job.job_id] = stream.owned.report
+            if len(self._ended) > ENDED_LIMIT:
+                self._ended.popitem(last=False)
         completion_tokens = sum(len(tokens) for tokens in stream.owned.tokens)
         stream.push(
             Finished(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
 from opentelemetry.trace import Span
 
 from services.worker.engine import Delta, Sampling, SequenceRequest
 from services.worker.engine import TokenLogprob as EngineLogprob
 from services.worker.pull_policy import ModelKey
 from shared.broker import Delivery
-from shared.ids import new_id
 from shared.messages import (
     ChoiceResult,
+    FinishedReport,
     GenerateJob,
     JobFinished,
     JobUsage,
@@ -28,7 +30,11 @@ SEED_BITS = 63
 
 
 class HeldState(StrEnum):
-    """waiting -> claiming -> granted -> running -> finishing; back to waiting when an owner does not answer."""
+    """waiting -> claiming -> granted -> running -> finishing; back to waiting when an owner does not answer.
+
+    A first delivery goes from waiting to running at once, as attempt 1, while its claim is on the way (`is_granted` is
+    false until the answer). If the owner wants another attempt, it goes back to granted.
+    """
 
     WAITING = "waiting"
     CLAIMING = "claiming"
@@ -61,6 +67,9 @@ class Held:
     span: Span
     state: HeldState = HeldState.WAITING
     attempt: int = 0
+    is_granted: bool = False
+    answer: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the owner's answer to the claim has come."""
     claim_id: str = ""
     claim_sent_s: float = 0.0
     claims_sent: int = 0
@@ -80,6 +89,14 @@ class Held:
     @property
     def model(self) -> ModelKey:
         return (self.job.model.model_id, self.job.model.revision)
+
+    def begin(self, attempt: int, prior_tokens: list[list[int]]) -> None:
+        """Forget what an earlier attempt did here, and continue from `prior_tokens`."""
+        self.attempt = attempt
+        self.choices = [ChoiceRecord(list(tokens)) for tokens in prior_tokens]
+        self.prompt_logprobs = []
+        self.prefilled = set()
+        self.started_unix_ns = self.prefilled_unix_ns = self.first_token_unix_ns = None
 
     @property
     def completion_tokens(self) -> int:
@@ -240,11 +257,24 @@ def finished_message(
 
 def usage_message(held: Held, worker_id: str, outcome: Outcome, code: str | None, spent: Timings) -> JobUsage:
     """Billing's copy of the end: counts and times only."""
-    job = held.job
+    report = FinishedReport(
+        attempt=held.attempt, outcome=outcome, completion_tokens=held.completion_tokens, error_code=code
+    )
+    usage = reported_usage(held.job, worker_id, report)
+    return msgspec.structs.replace(
+        usage,
+        prefill_ran=bool(held.prefilled) or held.completion_tokens > 0,
+        first_token_unix_ms=held.first_token_unix_ns // 1_000_000 if held.first_token_unix_ns else None,
+        timings=spent,
+    )
+
+
+def reported_usage(job: GenerateJob, worker_id: str, report: FinishedReport) -> JobUsage:
+    """The fact that a worker, perhaps another one that is dead by now, finished the job."""
     return JobUsage(
-        event_id=new_id("use"),
+        event_id=f"use_{job.job_id}_{report.attempt}",
         job_id=job.job_id,
-        attempt=held.attempt,
+        attempt=report.attempt,
         request_id=job.request_id,
         team_id=job.team_id,
         key_id=job.key_id,
@@ -257,13 +287,11 @@ def usage_message(held: Held, worker_id: str, outcome: Outcome, code: str | None
         model_id=job.model.model_id,
         model_name=job.model.name,
         revision=job.model.revision,
-        outcome=outcome,
+        outcome=report.outcome,
         prompt_tokens=len(job.prompt_tokens),
-        completion_tokens=held.completion_tokens,
-        prefill_ran=bool(held.prefilled) or held.completion_tokens > 0,
+        completion_tokens=report.completion_tokens,
+        prefill_ran=report.completion_tokens > 0,
         accepted_unix_ms=job.accepted_unix_ms,
         finished_unix_ms=time.time_ns() // 1_000_000,
-        error_code=code,
-        first_token_unix_ms=held.first_token_unix_ns // 1_000_000 if held.first_token_unix_ns else None,
-        timings=spent,
+        error_code=report.error_code,
     )

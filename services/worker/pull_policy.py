@@ -68,6 +68,8 @@ class Plan:
     """What to do now."""
 
     claim: list[str]
+    begin_at_once: bool
+    """Whether claimed jobs that were never delivered before may run while their claims are on the way."""
     start: list[str]
     load: list[ModelKey]
     evict: list[ModelKey]
@@ -93,7 +95,8 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
 
     1. Granted jobs first, retried ones before fresh ones: each starts if `may_start` and its model is ready.
     2. Held jobs are claimed while places are free: live before batch; among live ones the lane that was served the
-       fewest tokens, then the longest wait. Nothing is claimed while a retried job waits for its turn to run.
+       fewest tokens, then the longest wait. Nothing is claimed while a retried job waits for its turn to run. What is
+       claimed may begin at once where a first attempt may start.
     3. A held job whose model is absent asks for it: loaded if the memory allows, else the least recently used model
        without work goes first. One load at a time, oldest job first.
     4. If every resident model has work and the job has waited `CLOSE_AFTER_S`, the least recently used of them is
@@ -112,7 +115,8 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
 
     load, evict, closed = _plan_models(snapshot, model_memory_bytes)  # 3, 4
     claim = [] if retried_waits else _plan_claims(snapshot, ready - closed - set(evict), max_sequences)  # 2
-    return Plan(claim, start, load, evict)
+    begin_at_once = may_start(1, running_attempts, retried_waits)  # 2
+    return Plan(claim, begin_at_once, start, load, evict)
 
 
 def _plan_claims(snapshot: Snapshot, usable: set[ModelKey], max_sequences: int) -> list[str]:

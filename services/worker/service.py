@@ -19,12 +19,12 @@ from services.worker import pull_policy
 from services.worker.engine import EngineRefusal, StepReport
 from services.worker.engine_thread import EnginePort, EngineThread
 from services.worker.held import (
-    ChoiceRecord,
     Held,
     HeldState,
     finished_message,
     parse_sequence_id,
     repeated,
+    reported_usage,
     sequence_requests,
     timings,
     to_logprobs,
@@ -42,9 +42,11 @@ from shared.messages import (
     CancelJob,
     DrainWorker,
     Drop,
+    FinishedReport,
     GenerateJob,
     Granted,
     JobClaimed,
+    JobUsage,
     Outcome,
     OwnerBeat,
     RepeatTokens,
@@ -212,7 +214,7 @@ class Worker:
                 self._start(self._held[job_id])
             if self._phase == "ready":
                 for job_id in plan.claim:
-                    await self._claim(self._held[job_id])
+                    await self._claim(self._held[job_id], begin_at_once=plan.begin_at_once)
             for key in plan.evict:
                 self._group.create_task(self._evict(key))
             for key in plan.load:
@@ -281,9 +283,21 @@ class Worker:
 
     # ---- claim and grant
 
-    async def _claim(self, held: Held) -> None:
+    async def _claim(self, held: Held, *, begin_at_once: bool) -> None:
+        """Ask the owner. What was never delivered before need not wait: the owner takes the first word it hears.
+
+        A job that was delivered before may have been in a crash: which attempt it is, and whether it may run beside
+        others, only its owner knows. (The flag may be wrong after a crash of the broker; then attempts still count.)
+        """
         held.state = HeldState.CLAIMING
         held.claim_id = held.claim_id or new_id("clm")
+        is_first = held.claims_total == 0 and not held.deliveries[0].redelivered
+        if begin_at_once and is_first and self._residency.failure(held.model) is None:
+            held.begin(1, [[] for _ in range(held.job.choices)])
+            self._start(held)
+        await self._send_claim(held)
+
+    async def _send_claim(self, held: Held) -> None:
         held.claim_sent_s = time.monotonic()
         held.claims_sent += 1
         held.claims_total += 1
@@ -301,10 +315,11 @@ class Worker:
     async def _repeat_claims(self) -> None:
         now_s = time.monotonic()
         for held in list(self._held.values()):
-            if held.state is not HeldState.CLAIMING or now_s - held.claim_sent_s < CLAIM_REPEAT_S:
+            asked = held.claims_sent > 0 and not held.is_granted
+            if not asked or now_s - held.claim_sent_s < CLAIM_REPEAT_S:
                 continue
-            if held.claims_sent < CLAIM_TRIES:
-                await self._claim(held)
+            if held.claims_sent < CLAIM_TRIES or held.state is not HeldState.CLAIMING:
+                await self._send_claim(held)
             else:
                 held.state, held.claims_sent = HeldState.WAITING, 0
                 held.not_before_s = now_s + CLAIM_PAUSE_S
@@ -313,11 +328,8 @@ class Worker:
         match delivery.message:
             case Granted() as granted:
                 self._on_granted(granted)
-            case Drop(job_id=job_id, claim_id=claim_id, reason=reason):
-                held = self._held.get(job_id)
-                if held is not None and held.state is HeldState.CLAIMING and held.claim_id == claim_id:
-                    log.info("job_dropped", job_id=job_id, reason=reason)
-                    self._group.create_task(self._release(held))
+            case Drop() as drop:
+                self._on_drop(drop)
             case CancelJob() as cancel:
                 self._on_cancel(cancel)
             case RepeatTokens() as repeat:
@@ -332,22 +344,57 @@ class Worker:
                 if incarnation == self.spec.incarnation:
                     self._group.create_task(self.drain())
 
+    def _unanswered(self, job_id: str, claim_id: str) -> Held | None:
+        """The job that this is the first answer for, or None."""
+        held = self._held.get(job_id)
+        if held is None or held.is_granted or held.claim_id != claim_id or held.claims_sent == 0:
+            return None
+        return held
+
     def _on_granted(self, granted: Granted) -> None:
-        held = self._held.get(granted.job_id)
-        if held is None or held.state is not HeldState.CLAIMING or held.claim_id != granted.claim_id:
+        held = self._unanswered(granted.job_id, granted.claim_id)
+        if held is None:
             return
-        held.attempt = granted.attempt
-        held.choices = [ChoiceRecord(list(tokens)) for tokens in granted.prior_tokens]
-        held.state = HeldState.GRANTED
+        begun = held.state in (HeldState.RUNNING, HeldState.FINISHING)
+        if not begun or granted.attempt != held.attempt:
+            # Another attempt than the one begun here: what that one did counts for nothing.
+            self._stop_sequences(held)
+            held.begin(granted.attempt, granted.prior_tokens)
+            held.state = HeldState.GRANTED
+        held.is_granted = True
+        held.answer.set()
         held.span.set_attribute(telemetry.ATTEMPT, granted.attempt)
         self._owners_heard_s[held.job.owner_queue] = time.monotonic()
         self._wake.set()
+
+    def _on_drop(self, drop: Drop) -> None:
+        held = self._unanswered(drop.job_id, drop.claim_id)
+        if held is None:
+            return
+        log.info("job_dropped", job_id=drop.job_id, reason=drop.reason)
+        self._stop_sequences(held)
+        own_end = drop.report is not None and drop.report.attempt == held.attempt
+        if held.state is HeldState.FINISHING and own_end:
+            held.is_granted = True  # the owner took our finish and has forgotten the job since
+            held.answer.set()
+            return
+        held.state = HeldState.FINISHING
+        self._group.create_task(self._drop(held, drop.report))
+
+    async def _drop(self, held: Held, report: FinishedReport | None) -> None:
+        """Ack a job that its owner does not want run; if a worker finished it, see that billing knows."""
+        if report is not None:
+            with telemetry.under(held.span):
+                await tell_billing(self._broker, reported_usage(held.job, self.spec.worker_id, report))
+        await self._release(held)
 
     def _on_cancel(self, cancel: CancelJob) -> None:
         held = self._held.get(cancel.job_id)
         if held is None or held.attempt != cancel.attempt or held.state is HeldState.FINISHING:
             return
         self._stop_sequences(held)
+        held.is_granted = True  # the owner knows this attempt, so it is the one that counts
+        held.answer.set()
         if cancel.reason == "replaced":
             # Another attempt goes on: what this one published is that one's to report.
             self._group.create_task(self._release(held))
@@ -438,8 +485,16 @@ class Worker:
         with telemetry.under(held.span):
             async with asyncio.TaskGroup() as both:
                 both.create_task(tell_owner(self._broker, held.job.owner_queue, finished))
-                both.create_task(tell_billing(self._broker, usage))
-        await self._release(held)
+                both.create_task(self._report_when_granted(held, usage))
+        if held.state is HeldState.FINISHING and held.attempt == usage.attempt:
+            await self._release(held)
+
+    async def _report_when_granted(self, held: Held, usage: JobUsage) -> None:
+        """Billing hears only of the attempt that the owner counts; one begun at once waits for the owner's word."""
+        if usage.attempt > 0:
+            await held.answer.wait()
+        if held.attempt == usage.attempt and held.job.job_id in self._held:
+            await tell_billing(self._broker, usage)
 
     async def _release(self, held: Held) -> None:
         """Ack every copy, and remember the job so that a late copy is acked as well."""
@@ -465,8 +520,11 @@ class Worker:
             if held.job.owner_queue != beat.owner_queue or held.job.job_id in waited_for:
                 continue
             # A beat that was on its way when the job was granted cannot name it.
-            granted = held.state in (HeldState.GRANTED, HeldState.RUNNING)
-            if granted and now_s - held.claim_sent_s > 2 * BEAT_S:
+            if (
+                held.is_granted
+                and held.state is not HeldState.FINISHING
+                and now_s - held.claim_sent_s > 2 * BEAT_S
+            ):
                 self._stop_sequences(held)
                 self._end(held, "cancelled", "owner_gave_up", None)
 
@@ -475,8 +533,9 @@ class Worker:
         log.warning("owner_lost", owner_queue=owner_queue, reason=reason)
         self._owners_heard_s.pop(owner_queue, None)
         for held in list(self._held.values()):
-            if held.job.owner_queue == owner_queue and held.state is not HeldState.FINISHING:
+            if held.job.owner_queue == owner_queue:
                 self._stop_sequences(held)
+                held.answer.set()  # none will come
                 self._end(held, "cancelled", reason, None)
 
     async def _look_for_owners(self) -> None:
@@ -488,7 +547,7 @@ class Worker:
         unanswered = {
             held.job.owner_queue
             for held in self._held.values()
-            if held.attempt == 0 and held.claims_total > 1
+            if not held.is_granted and held.claims_total > 1
         }
         for owner_queue in self._owners_absent_s.keys() - unanswered:
             del self._owners_absent_s[owner_queue]
@@ -512,7 +571,7 @@ class Worker:
             self._tokens_since = 0
             jobs: dict[str, list[tuple[str, int]]] = {}
             for held in self._held.values():
-                if held.attempt > 0:
+                if held.is_granted:
                     jobs.setdefault(held.job.owner_queue, []).append((held.job.job_id, held.attempt))
             for owner_queue, attempts in jobs.items():
                 try:
@@ -526,7 +585,7 @@ class Worker:
 
     def _notice_silent_owners(self) -> None:
         now_s, connected_for_s = time.monotonic(), self._broker.connected_for_s()
-        with_jobs = {held.job.owner_queue for held in self._held.values() if held.attempt > 0}
+        with_jobs = {held.job.owner_queue for held in self._held.values() if held.is_granted}
         for owner_queue, heard_s in list(self._owners_heard_s.items()):
             if owner_queue not in with_jobs:
                 del self._owners_heard_s[owner_queue]

@@ -17,6 +17,7 @@ from shared.messages import (
     DeleteResource,
     DrainWorker,
     Drop,
+    FinishedReport,
     GenerateJob,
     Granted,
     JobClaimed,
@@ -122,7 +123,14 @@ EXAMPLES: tuple[Message, ...] = (
     ),
     JobClaimed(job_id="job_1", claim_id="clm_1", worker_id="wrk_1", worker_queue="commands.v1.worker.wrk_1"),
     Granted(job_id="job_1", claim_id="clm_1", attempt=2, prior_tokens=[[5, 6], []]),
-    Drop(job_id="job_1", claim_id="clm_1", reason="running_elsewhere"),
+    Drop(
+        job_id="job_1",
+        claim_id="clm_1",
+        reason="finished",
+        report=FinishedReport(
+            attempt=1, outcome="failed", completion_tokens=3, error_code="generation_failed"
+        ),
+    ),
     CancelJob(job_id="job_1", attempt=2, reason="client_gone"),
     RepeatTokens(job_id="job_1", attempt=2, choice=1, token_start=4),
     TokensGenerated(

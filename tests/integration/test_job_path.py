@@ -16,7 +16,15 @@ from services.gateway.owner import Finished, OwnedStream, Owner, TextDelta
 from shared import topology
 from shared.broker import Broker
 from shared.ids import new_id
-from shared.messages import JobUsage, JobVoided, UsageEvent, decoder
+from shared.messages import (
+    ChoiceResult,
+    GenerateJob,
+    JobFinished,
+    JobUsage,
+    JobVoided,
+    UsageEvent,
+    decoder,
+)
 from tests.conftest import Vhost
 from tests.integration.worker_process import WorkerProcess, stub_job, stub_store
 
@@ -211,6 +219,33 @@ async def test_a_job_whose_owner_died_is_stopped_and_reported(path: Path_) -> No
     [fact] = await path.usage_events(1)
     assert isinstance(fact, JobUsage)
     assert (fact.outcome, fact.error_code) == ("cancelled", "owner_silent")
+
+
+async def test_a_finish_is_reported_to_billing_when_its_worker_died_before_it_could(path: Path_) -> None:
+    stream = await path.submit(3)
+    job = stream.owned.job
+    async with (
+        AsyncExitStack() as dying
+    ):  # a worker that tells the owner the end, and dies before it tells billing
+        broker = await Broker.open(path.amqp_url, "dying", dying)
+        taken: asyncio.Queue[GenerateJob] = asyncio.Queue()
+        await broker.subscribe(path.queue, GenerateJob, lambda d: taken.put_nowait(d.message), prefetch=1)
+        assert (await asyncio.wait_for(taken.get(), 10)).job_id == job.job_id
+        result = ChoiceResult(index=0, tokens=[1, 2, 3], text="abc", finish_reason="length")
+        finished = JobFinished(
+            job_id=job.job_id, attempt=1, worker_id="wrk_dying", outcome="succeeded", choices=[result]
+        )
+        await broker.publish(path.owner.queue, finished, persistent=False)
+        text, _, end = await asyncio.wait_for(read(stream), 10)
+        assert (text, end.outcome) == ("abc", "succeeded")
+    path.worker()
+    [fact] = await path.usage_events(1)
+    assert isinstance(fact, JobUsage)
+    assert (fact.job_id, fact.attempt, fact.outcome) == (job.job_id, 1, "succeeded")
+    assert (fact.prompt_tokens, fact.completion_tokens) == (3, 3)
+    assert path.voids == []
+    while await path.broker.depth(path.queue) > 0:
+        await asyncio.sleep(0.1)
 
 
 def test_undecodable_bytes_are_not_a_job() -> None:

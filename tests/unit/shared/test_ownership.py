@@ -11,6 +11,7 @@ from shared.messages import (
     CancelJob,
     ChoiceResult,
     Drop,
+    FinishedReport,
     GenerateJob,
     Granted,
     JobClaimed,
@@ -164,6 +165,37 @@ def test_a_second_attempt_resumes_with_the_tokens_that_the_owner_has() -> None:
     result = ChoiceResult(index=0, tokens=[0, 1, 2, 3, 4, 5, 6], text="<5><6>", finish_reason="length")
     done = JobFinished(job_id="job_1", attempt=2, worker_id="b", outcome="succeeded", choices=[result])
     assert owned.on_finished(done, 5.0)[0] == Deliver(0, (6,), "<6>", (), "length")
+
+
+def test_the_first_word_on_a_job_makes_its_speaker_the_holder() -> None:
+    owned = OwnedJob(make_job(), deadline_s=60.0, now_s=0.0)
+    assert owned.on_delta("a", delta(1, 0, 2), 0.1) == [Deliver(0, (0, 1), "<0><1>", (), None)]
+    assert owned.on_delta("b", delta(1, 0, 2), 0.1) == []  # a second copy's worker comes too late
+    [grant] = sent(owned.on_claim(claim("a"), 0.2), Granted)
+    assert isinstance(grant, Granted) and grant.attempt == 1
+    owned.on_claim(claim("b"), 0.2)
+    [drop] = sent(owned.on_beat("a", 1, 1.5), Drop)
+    assert isinstance(drop, Drop) and drop.reason == "running_elsewhere"
+
+
+def test_a_first_word_counts_neither_for_a_later_attempt_nor_after_the_end() -> None:
+    owned = OwnedJob(make_job(), deadline_s=60.0, now_s=0.0)
+    assert owned.on_delta("a", delta(2, 0), 0.1) == []
+    assert owned.state is JobState.QUEUED
+    owned.give_up("cancelled", "client_gone", None, 0.2)
+    assert owned.on_delta("a", delta(1, 0), 0.3) == []
+
+
+def test_a_finish_that_overtakes_its_claim_ends_the_job_and_the_claim_learns_of_it() -> None:
+    owned = OwnedJob(make_job(), deadline_s=60.0, now_s=0.0)
+    result = ChoiceResult(index=0, tokens=[0, 1], text="<0><1>", finish_reason="stop")
+    finished = JobFinished(job_id="job_1", attempt=1, worker_id="a", outcome="succeeded", choices=[result])
+    rest, end = owned.on_finished(finished, 0.1)
+    assert isinstance(rest, Deliver) and isinstance(end, End) and end.by_worker
+    report = FinishedReport(attempt=1, outcome="succeeded", completion_tokens=2)
+    for worker in ("a", "b"):  # the finisher, and the worker of a second delivery
+        [drop] = sent(owned.on_claim(claim(worker), 0.2), Drop)
+        assert isinstance(drop, Drop) and (drop.reason, drop.report) == ("finished", report)
 
 
 def test_a_claim_is_refused_when_the_holder_speaks_after_it() -> None:

@@ -106,6 +106,13 @@ def test_second_attempts_start_together_and_hold_fresh_ones_back() -> None:
     assert decided.claim == []
 
 
+def test_claimed_jobs_begin_at_once_only_where_a_first_attempt_may_start() -> None:
+    assert decide(waiting=[waiting("j")]).begin_at_once
+    assert decide(waiting=[waiting("j")], running=[running("r")]).begin_at_once
+    assert not decide(waiting=[waiting("j")], running=[running("r", attempt=2)]).begin_at_once
+    assert not decide(waiting=[waiting("j"), waiting("s", attempt=2)]).begin_at_once
+
+
 def test_a_third_attempt_starts_alone() -> None:
     jobs = [waiting("t1", attempt=3), waiting("t2", attempt=3)]
     assert decide(waiting=jobs).start == ["t1"]
