@@ -40,6 +40,7 @@ LOOKS_IN_A_ROW = 8
 """Enough for any chain of steps (free, grant, send); the lease is looked after in between."""
 NODES_NOTED_EVERY_S = 2.0
 PRUNE_EVERY_S = 60.0
+FORGET_EVERY_S = 60.0
 
 
 class Leader:
@@ -67,6 +68,7 @@ class Leader:
         self._queues_checked_for: int | None = None
         self._nodes_noted_s = 0.0
         self._pruned_s = 0.0
+        self._forgot_s = 0.0
 
     async def run(self) -> None:
         """Lead when the lease is free, until cancelled. A dependency that is away is waited for."""
@@ -75,6 +77,7 @@ class Leader:
             try:
                 if await self._lease.ensure():
                     await self._lead()
+                self._forget_silent()
             except Fenced as error:
                 log.warning("write_refused", fence=str(error))
                 self._lease.lose()
@@ -93,11 +96,16 @@ class Leader:
                 break
             if not await self._lease.ensure():
                 return
-        now_s = time.monotonic()
-        if now_s - self._pruned_s > PRUNE_EVERY_S:
-            self._pruned_s = now_s
-            self._fleet.forget_old(now_s)
+        if time.monotonic() - self._pruned_s > PRUNE_EVERY_S:
+            self._pruned_s = time.monotonic()
             await self._store.prune()
+
+    def _forget_silent(self) -> None:
+        """A standby hears all reports, too, and for as long as it lives."""
+        now_s = time.monotonic()
+        if now_s - self._forgot_s > FORGET_EVERY_S:
+            self._forgot_s = now_s
+            self._fleet.forget_old(now_s)
 
     async def _check_queues(self) -> None:
         """Once per term: every resource has its queues (the broker may have lost its disk), deleted ones have none."""
@@ -175,6 +183,7 @@ class Leader:
             max_batch=resource.max_batch,
             max_context_tokens=resource.max_context_tokens,
             kv_tokens=resource.kv_tokens,
+            preload=await self._store.models_to_preload(resource),
         )
         start = StartWorker(
             node_id=place.node_id,

@@ -19,11 +19,12 @@ from services.scheduler.actions import (
     SetResource,
 )
 from services.scheduler.lease import Lease
+from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Stored, StoredPlace, StoredResource
 from services.scheduler.views import ResourceView
 from services.scheduler.writes import StaleView, write
 from shared.database import Connection, Database
-from shared.messages import NodeReport
+from shared.messages import ModelRef, NodeReport
 
 LOAD_TIMEOUT_S = (
     4.0  # below the lease, so that a slow database costs the leadership and not the watch over it
@@ -103,6 +104,12 @@ class Store:
             )
 
         return await self._database.bounded(query, LOAD_TIMEOUT_S)
+
+    async def models_to_preload(self, resource: StoredResource) -> list[ModelRef]:
+        """What a worker that starts now should load first. Raises `Unavailable`."""
+        return await models_to_preload(
+            self._database, resource.model_type, resource.resource_id, resource.team_id
+        )
 
     async def apply(self, decided: Decided) -> None:
         """Store all that was decided about one resource, or nothing. Raises `StaleView`, `Fenced`, `Unavailable`."""

@@ -47,6 +47,7 @@ from shared.messages import (
     Granted,
     JobClaimed,
     JobUsage,
+    ModelRef,
     Outcome,
     OwnerBeat,
     RepeatTokens,
@@ -70,6 +71,7 @@ OWNER_SILENCE_S = 6.0
 """Owners beat once a second; the silence counts only while our own connection is up."""
 OWNER_ABSENCE_S = 1.5
 """An owner that reconnects has its consumer back sooner; one whose process ended never has."""
+PRELOAD_PAUSE_S = 1.0
 RECENT_JOBS = 2000
 
 
@@ -121,16 +123,33 @@ class Worker:
         self._enter("ready")
 
     async def _preload(self) -> None:
-        spent_bytes = 0
-        for ref in self.spec.preload:
-            try:
-                spent_bytes += self._residency.size(ref)
-                if spent_bytes > self._settings.model_memory_bytes:
-                    return
-                await self._residency.load(ref)
-            except ModelUnavailable as error:
-                # The worker serves its other models; jobs of this one are told why.
-                log.error("preload_failed", model_id=ref.model_id, reason=str(error))
+        """Make the likeliest model resident before the worker is ready; the others follow while it is idle."""
+        waiting = list(self.spec.preload)
+        while waiting:
+            if await self._preload_one(waiting.pop(0)):
+                break
+        if waiting:
+            self._group.create_task(self._preload_when_idle(waiting))
+
+    async def _preload_one(self, ref: ModelRef) -> bool:
+        try:
+            taken_bytes = sum(slot.weight_bytes for slot in self._residency.slots().values())
+            if taken_bytes + self._residency.size(ref) > self._settings.model_memory_bytes:
+                return False
+            await self._residency.load(ref)
+        except ModelUnavailable as error:
+            # The worker serves its other models; jobs of this one are told why.
+            log.error("preload_failed", model_id=ref.model_id, reason=str(error))
+            return False
+        return True
+
+    async def _preload_when_idle(self, refs: list[ModelRef]) -> None:
+        for ref in refs:
+            while self._phase != "ready" or self._held:  # noqa: ASYNC110 - idle is many things; one look a second does
+                await asyncio.sleep(PRELOAD_PAUSE_S)
+            if (ref.model_id, ref.revision) not in self._residency.slots():
+                await self._preload_one(ref)
+                self._wake.set()
 
     async def _subscribe(self) -> None:
         for lane, queue in enumerate(topology.job_queues(self.spec.resource_id, pool=self.spec.pool)):

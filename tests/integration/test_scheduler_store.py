@@ -23,6 +23,7 @@ from services.scheduler.actions import (
 )
 from services.scheduler.desired import Desired
 from services.scheduler.lease import Fenced, Lease
+from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Heard, Memory, StoredPlace, decide_all
 from services.scheduler.states import PlaceState, ResourceState
 from services.scheduler.store import Store
@@ -392,3 +393,38 @@ async def test_old_rows_are_pruned_in_batches_and_new_ones_stay(tables: Tables) 
     assert row is not None and row["old"] == 0 and row["all"] > 0
     results = await tables.database.fetch("SELECT command_id FROM scheduler.command_results")
     assert results and all(result["command_id"] != "old" for result in results)
+
+
+async def test_a_worker_preloads_what_its_resource_was_asked_for_last(
+    tables: Tables, module_database: str
+) -> None:
+    administrator = await asyncpg.connect(module_database)
+    try:
+        await administrator.execute("""
+            INSERT INTO gateway.teams (team_id, slug, name) VALUES ('team_p', 'p', 'P'), ('team_q', 'q', 'Q');
+            INSERT INTO gateway.model_types (signature, name, architecture, parameter_count)
+                VALUES ('0123456789abcdef', 'tiny', 'L', 1);
+            INSERT INTO gateway.models (model_id, team_id, name, signature, created_at)
+                SELECT 'mod_' || n, 'team_' || left(n, 1), n, '0123456789abcdef', now() + k * interval '1 s'
+                FROM unnest(ARRAY['p1', 'p2', 'p3', 'q1']) WITH ORDINALITY AS names (n, k);
+            INSERT INTO gateway.model_revisions (model_id, revision, folder, manifest, context_tokens)
+                SELECT model_id, 1, model_id || '/1', '{}', 8 FROM gateway.models;
+            INSERT INTO billing.requests (job_id, request_id, team_id, key_id, resource_id, billing_mode, work_class,
+                operation, model_type, model_id, model_name, revision, outcome, attempt, prompt_tokens,
+                completion_tokens, charged_nanousd, accepted_at, finished_at)
+                VALUES ('j', 'r', 'team_p', 'k', 'res_p', 'resource', 'live', 'chat', 'tiny', 'mod_p2', 'p/p2', 1,
+                        'succeeded', 1, 1, 1, 0, now(), now());
+        """)
+        refs = await models_to_preload(tables.database, "tiny", "res_p", "team_p")
+        assert [(ref.model_id, ref.folder, ref.name) for ref in refs] == [
+            ("mod_p2", "mod_p2/1", "p/p2"),
+            ("mod_p1", "mod_p1/1", "p/p1"),
+            ("mod_p3", "mod_p3/1", "p/p3"),
+        ]
+        assert await models_to_preload(tables.database, "other", "res_p", "team_p") == []
+    finally:
+        await administrator.execute(
+            "DELETE FROM billing.requests; DELETE FROM gateway.model_revisions; DELETE FROM gateway.models;"
+            "DELETE FROM gateway.model_types; DELETE FROM gateway.teams"
+        )
+        await administrator.close()

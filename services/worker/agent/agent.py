@@ -29,7 +29,6 @@ from shared.outcomes import Done, Dropped, Outcome, Unavailable
 log = structlog.get_logger()
 
 REPORT_INTERVAL_S = 1.0
-KILL_REASON = "killed after grace"
 
 
 def unix_ms() -> int:

@@ -87,7 +87,7 @@ def hold(pid: int, expected_start_ticks: int) -> Held | None:
 def spawn(
     command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None
 ) -> tuple[Held, int]:
-    """Start a worker in a session of its own; return it with its start time. Raises OSError when it cannot start.
+    """Start a worker in a session of its own; return it with its start time. Raises OSError; then nothing runs.
 
     output: takes stdout and stderr; None leaves ours.
     """
@@ -100,10 +100,16 @@ def spawn(
         start_new_session=True,
     )
     # A child cannot be reaped by anybody else, so its pid is its own until `reap`, even if it has ended by now.
-    fields = _stat_fields(popen.pid)
-    if fields is None:
-        raise OSError(f"child {popen.pid} is not in /proc")
-    return Held(popen.pid, os.pidfd_open(popen.pid), popen), int(fields[19])
+    try:
+        fields = _stat_fields(popen.pid)
+        if fields is None:
+            raise OSError(f"child {popen.pid} is not in /proc")
+        return Held(popen.pid, os.pidfd_open(popen.pid), popen), int(fields[19])
+    except OSError:
+        # Nobody could watch it (no file descriptor left, say): its seat would be given away while it runs.
+        popen.kill()
+        popen.wait()
+        raise
 
 
 def find_workers(node_id: str, home: str) -> list[FoundProcess]:
