@@ -45,6 +45,7 @@ JOB_ID = "roundhouse.job.id"
 TEAM_ID = "roundhouse.team.id"
 RESOURCE_ID = "roundhouse.resource.id"
 ATTEMPT = "roundhouse.job.attempt"
+SWAP_NEEDED = "roundhouse.swap.needed"
 TRANSACTION_ID = "roundhouse.ledger.transaction.id"
 
 # Metrics.

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
 import structlog
 
 from services.worker import pull_policy
@@ -71,6 +72,8 @@ OWNER_SILENCE_S = 6.0
 """Owners beat once a second; the silence counts only while our own connection is up."""
 OWNER_ABSENCE_S = 1.5
 """An owner that reconnects has its consumer back sooner; one whose process ended never has."""
+MAX_OWNERS_GONE = 1000
+"""Remembered names of dead owners; forgotten all together, which costs a claim or two."""
 PRELOAD_PAUSE_S = 1.0
 RECENT_JOBS = 2000
 
@@ -92,6 +95,7 @@ class Worker:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._owners_heard_s: dict[str, float] = {}
         self._owners_absent_s: dict[str, float] = {}
+        self._owners_gone: set[str] = set()
         self._lane_tokens: dict[int, int] = {}
         self._subscriptions: list[Subscription] = []
         self._wake = asyncio.Event()
@@ -154,9 +158,9 @@ class Worker:
     async def _subscribe(self) -> None:
         for lane, queue in enumerate(topology.job_queues(self.spec.resource_id, pool=self.spec.pool)):
             await self._broker.declare([queue])
-            prefetch = self.spec.max_batch + self._settings.lookahead_jobs
-            if self.spec.pool:
-                prefetch = max(2, prefetch // topology.POOL_SHARDS)
+            # On a shared pool one lane alone may fill the batch; which lane's jobs run is the policy's business.
+            lookahead = 0 if self.spec.pool else self._settings.lookahead_jobs
+            prefetch = self.spec.max_batch + lookahead
             receive = self._receiver(lane)
             self._subscriptions.append(
                 await self._broker.subscribe(queue, GenerateJob, receive, prefetch=prefetch)
@@ -213,7 +217,23 @@ class Worker:
             span = telemetry.start_span_under(
                 f"process {delivery.queue}", delivery.headers, attributes=_span_attributes(job)
             )
-            self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
+            held = self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
+            if job.owner_queue in self._owners_gone:
+                held.not_before_s = held.received_s + CLAIM_PAUSE_S
+                self._group.create_task(self._drop_if_owner_is_gone(held))
+            self._wake.set()
+
+    async def _drop_if_owner_is_gone(self, held: Held) -> None:
+        """A dead gateway may leave a queue full of jobs: they go at once, without a claim for each."""
+        try:
+            gone = await self._broker.consumers(held.job.owner_queue) == 0
+        except Unavailable:
+            return  # it is claimed after the pause, as any other
+        if gone:
+            self._end(held, "cancelled", "owner_gone", None)
+        else:
+            self._owners_gone.discard(held.job.owner_queue)
+            held.not_before_s = 0.0
             self._wake.set()
 
     async def _pump(self) -> None:
@@ -509,9 +529,16 @@ class Worker:
             await self._release(held)
 
     async def _report_when_granted(self, held: Held, usage: JobUsage) -> None:
-        """Billing hears only of the attempt that the owner counts; one begun at once waits for the owner's word."""
+        """Billing hears only of the attempt that the owner counts; one begun at once waits for the owner's word.
+
+        If none comes because the owner is dead, nobody is known to have got anything, and nobody pays for it.
+        """
         if usage.attempt > 0:
             await held.answer.wait()
+            if not held.is_granted:
+                usage = msgspec.structs.replace(
+                    usage, outcome="cancelled", error_code="owner_gone", completion_tokens=0, prefill_ran=False
+                )
         if held.attempt == usage.attempt and held.job.job_id in self._held:
             await tell_billing(self._broker, usage)
 
@@ -551,6 +578,9 @@ class Worker:
         """Nobody waits for these jobs any more: stop them; what was published is what is charged."""
         log.warning("owner_lost", owner_queue=owner_queue, reason=reason)
         self._owners_heard_s.pop(owner_queue, None)
+        if len(self._owners_gone) >= MAX_OWNERS_GONE:
+            self._owners_gone.clear()
+        self._owners_gone.add(owner_queue)
         for held in list(self._held.values()):
             if held.job.owner_queue == owner_queue:
                 self._stop_sequences(held)
@@ -685,9 +715,12 @@ def _record_stages(held: Held, now_unix_ns: int) -> None:
     accepted_ns = held.job.accepted_unix_ms * 1_000_000
     waited_until_ns = held.swap_started_unix_ns or held.started_unix_ns or now_unix_ns
     telemetry.record_child(held.span, "queue_wait", accepted_ns, waited_until_ns)
-    if held.swap_started_unix_ns is not None:
-        swap_ended_ns = held.swap_ended_unix_ns or now_unix_ns
-        telemetry.record_child(held.span, "swap", held.swap_started_unix_ns, swap_ended_ns)
+    # A model that was resident leaves a swap of no length: every trace has the same stages.
+    swapped = held.swap_started_unix_ns is not None
+    swap_ended_ns = (held.swap_ended_unix_ns or now_unix_ns) if swapped else waited_until_ns
+    telemetry.record_child(
+        held.span, "swap", waited_until_ns, swap_ended_ns, {telemetry.SWAP_NEEDED: swapped}
+    )
     if held.started_unix_ns is not None:
         prefilled_ns = held.prefilled_unix_ns or now_unix_ns
         telemetry.record_child(held.span, "prefill", held.started_unix_ns, prefilled_ns)

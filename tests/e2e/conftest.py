@@ -6,6 +6,7 @@ It exports its traces to a receiver in this process, so that a test can look at 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from infra.local.daemon import build
-from infra.local.layout import ROOT, Layout
+from infra.local.layout import Layout, e2e_layout
 from infra.local.leftovers import find_processes
 from infra.local.management_api import ManagementApi
+from infra.local.servers.postgres import remove_data
 from infra.local.start import start_everything
 from infra.local.up import stop
 from loadtest.chaos import read_env
@@ -97,16 +99,25 @@ class System:
         return ManagementApi(self.url, self.admin_key)
 
 
+def forget(layout: Layout) -> None:
+    """What an earlier run left: its processes and its data. The demo models stay, they are always the same."""
+    stop(layout, quiet=True)
+    remove_data(layout.home / "postgres")
+    for entry in layout.home.iterdir() if layout.home.exists() else ():
+        if entry != layout.models:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 @pytest.fixture(scope="session")
 def system() -> Iterator[System]:
-    layout = Layout(ROOT / ".local" / "e2e")
+    layout = e2e_layout()
     spans = SpanReceiver()
     environ = {
         **os.environ,
         "OTEL_EXPORTER_OTLP_ENDPOINT": spans.url,
         "OTEL_BSP_SCHEDULE_DELAY": "200",  # milliseconds; tests wait for spans
     }
-    stop(layout, quiet=True)
+    forget(layout)
     start_everything(layout, environ)
     try:
         env = read_env(layout)

@@ -13,8 +13,9 @@ import openai
 import pytest
 
 from infra.local.layout import ROOT
+from infra.local.management_api import ManagementApi
 from loadtest.audit import settled_audit
-from loadtest.chaos import END_LIMIT_S, VICTIMS, Chaos, worker_pids
+from loadtest.chaos import END_LIMIT_S, SHARED_MODEL, VICTIMS, Chaos, payer_on_shared_gpus, worker_pids
 from tests.e2e.conftest import System
 from tests.e2e.test_money_and_traces import wait_for
 
@@ -71,6 +72,27 @@ async def test_what_clients_saw_is_what_was_charged(chaos: Chaos, system: System
         text=True,
     )
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+async def test_what_clients_saw_on_shared_gpus_is_what_they_paid(system: System) -> None:
+    # Given a team that pays by the token: on the demo's own resource no charge could be wrong.
+    with payer_on_shared_gpus(system.platform) as payer:
+        chaos = Chaos(system.layout, system.url, payer.api_key, SHARED_MODEL, payer.slug)
+        # When those are killed who deliver, count or book
+        for victim in ("gateway", "worker", "billing"):
+            seen = await chaos.kill_under_load(victim, kill_after_s=1.0)
+            assert (seen.answered + seen.errors + seen.cut, seen.wrong_texts) == (50, 0), seen
+            assert max(seen.slowest_end_s, seen.recovered_s) < END_LIMIT_S, seen
+        # Then each request was paid once, by what its client had of it.
+        records = chaos.client.records
+        _, results = await settled_audit(system.database_url, records, 40.0)
+        assert [(result.name, result.findings[:3]) for result in results if result.findings] == []
+        answered = [record for record in records if record.outcome == "answered"]
+        # 0.02 and 0.06 USD for a million tokens are 20 and 60 nano-USD for one.
+        owed = sum(20 * (r.prompt_tokens or 0) + 60 * (r.completion_tokens or 0) for r in answered)
+        usage = ManagementApi(system.url, payer.api_key).get("/api/usage")
+        assert owed > 0
+        assert -usage["balance_nanousd"] >= owed
 
 
 def test_a_resource_that_is_turned_off_refuses_and_comes_back(system: System) -> None:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.gateway.owner import Finished, OwnedStream, Owner, TextDelta
@@ -219,6 +220,23 @@ async def test_a_job_whose_owner_died_is_stopped_and_reported(path: Path_) -> No
     [fact] = await path.usage_events(1)
     assert isinstance(fact, JobUsage)
     assert (fact.outcome, fact.error_code) == ("cancelled", "owner_silent")
+
+
+async def test_the_queue_of_a_dead_gateway_is_cleared_quickly_for_those_that_live(path: Path_) -> None:
+    dead = stub_job("replies.v1.gw_dead", path.resource_id, max_tokens=50)
+    for number in range(40):
+        job = msgspec.structs.replace(dead, job_id=f"{dead.job_id}{number}")
+        await path.broker.publish(path.queue, job)
+    stream = await path.submit(5)
+    started_s = time.monotonic()
+    path.worker(max_batch=4)
+    text, _, _ = await asyncio.wait_for(read(stream), 30)
+    assert text == whole_text(5)
+    assert time.monotonic() - started_s < 12  # one claim and its silence, not one for each job
+    facts = await path.usage_events(41)
+    gone = [f for f in facts if isinstance(f, JobUsage) and f.error_code == "owner_gone"]
+    assert len(gone) == 40
+    assert {(f.outcome, f.completion_tokens, f.prefill_ran) for f in gone} == {("cancelled", 0, False)}
 
 
 async def test_a_finish_is_reported_to_billing_when_its_worker_died_before_it_could(path: Path_) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from pathlib import Path
 
 import structlog
 
 from services.worker.agent.agent import Agent, unix_ms
 from services.worker.agent.devices import find_devices
-from services.worker.agent.launch import Launcher
+from services.worker.agent.launch import Launcher, shorten_logs
 from services.worker.agent.settings import AgentSettings
 from services.worker.agent.state_file import hold_lock
 from shared import topology
@@ -20,6 +21,8 @@ from shared.messages import NodeCommand
 from shared.runtime import Lifetime, run
 
 log = structlog.get_logger()
+
+LOGS_BOUNDED_EVERY_S = 30.0
 
 
 async def serve(settings: AgentSettings, life: Lifetime) -> None:
@@ -45,6 +48,8 @@ async def serve(settings: AgentSettings, life: Lifetime) -> None:
         broker.consume(topology.node_commands(settings.node_id), NodeCommand, agent.on_command, prefetch=1)
     )
     life.group.create_task(agent.report_forever(broker))
+    if launcher.log_folder is not None:
+        life.group.create_task(_bound_logs(launcher.log_folder))
     life.started()
     await life.stopping.wait()
     if settings.keep_workers:
@@ -52,6 +57,16 @@ async def serve(settings: AgentSettings, life: Lifetime) -> None:
         return
     await agent.stop_all(settings.drain_timeout_s)
     await agent.send_report(broker)
+
+
+async def _bound_logs(folder: Path) -> None:
+    """Keep each worker's log under a bound, until cancelled. A full disk is said, and tried again."""
+    while True:
+        await asyncio.sleep(LOGS_BOUNDED_EVERY_S)
+        try:
+            await asyncio.to_thread(shorten_logs, folder)
+        except OSError as error:
+            log.warning("logs_not_shortened", error=str(error))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from services.worker.agent.devices import Device
 from shared.messages import WorkerSpec
 
 LOG_FILES_KEPT = 50
+LOG_LIMIT_BYTES = 10 * 1024 * 1024
 _NOT_FOR_WORKERS = ("DATABASE_URL", "REDIS_URL", "DATABASE_URL_FILE", "REDIS_URL_FILE")
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -85,3 +86,26 @@ def remove_old_logs(folder: Path, *, keep: int) -> None:
     for _, path in sorted(files, reverse=True)[keep:]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def shorten_logs(folder: Path, *, limit_bytes: int = LOG_LIMIT_BYTES) -> int:
+    """Cut each log over the limit to its last half of it, in place; return how many there were. Blocking.
+
+    Workers hold their files open for appending, so they go on behind what is left; what one writes at this very moment
+    is lost.
+    """
+    shortened = 0
+    for path in folder.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):
+            size_bytes = path.stat().st_size
+            if size_bytes <= limit_bytes:
+                continue
+            with path.open("rb") as file:
+                file.seek(size_bytes - limit_bytes // 2)
+                file.readline()  # the rest of a line that is cut
+                kept = file.read()
+            os.truncate(path, 0)
+            with path.open("ab") as file:
+                file.write(kept)
+            shortened += 1
+    return shortened
