@@ -33,9 +33,12 @@ from services.worker.held import (
     usage_message,
 )
 from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
+from services.worker.owners import Owners
 from services.worker.pull_policy import ModelKey, RunningJob, Snapshot, WaitingJob
+from services.worker.reports import Reporter
 from services.worker.residency import ModelUnavailable, Residency
 from services.worker.settings import WorkerSettings
+from services.worker.stages import job_attributes, record_stages
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery, Subscription
 from shared.ids import new_id
@@ -55,7 +58,6 @@ from shared.messages import (
     WorkerBeat,
     WorkerCommand,
     WorkerPhase,
-    WorkerReport,
     WorkerSpec,
 )
 from shared.outcomes import PublishRefused, Unavailable, Unroutable
@@ -68,12 +70,6 @@ CLAIM_REPEAT_S = 1.0
 CLAIM_TRIES = 5
 """After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
 CLAIM_PAUSE_S = 5.0
-OWNER_SILENCE_S = 6.0
-"""Owners beat once a second; the silence counts only while our own connection is up."""
-OWNER_ABSENCE_S = 1.5
-"""An owner that reconnects has its consumer back sooner; one whose process ended never has."""
-MAX_OWNERS_GONE = 1000
-"""Remembered names of dead owners; forgotten all together, which costs a claim or two."""
 PRELOAD_PAUSE_S = 1.0
 RECENT_JOBS = 2000
 
@@ -93,16 +89,11 @@ class Worker:
         self._commands = topology.worker_commands(spec.worker_id)
         self._held: dict[str, Held] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
-        self._owners_heard_s: dict[str, float] = {}
-        self._owners_absent_s: dict[str, float] = {}
-        self._owners_gone: set[str] = set()
+        self._owners = Owners(broker)
         self._lane_tokens: dict[int, int] = {}
         self._subscriptions: list[Subscription] = []
         self._wake = asyncio.Event()
-        self._phase: WorkerPhase = "starting"
-        self._report_now = asyncio.Event()
-        self._tokens_per_s = 0.0
-        self._tokens_since = 0
+        self._reporter = Reporter(broker, spec, self._held.values, self._residency.report)
         self._drained = asyncio.Event()
         self._group: asyncio.TaskGroup
         meter = telemetry.meter()
@@ -116,15 +107,15 @@ class Worker:
         """Load what was asked for, warm up, and begin to take jobs. Tasks end with the group."""
         self._group = group
         self._engine.start()
-        group.create_task(self._reports())
+        group.create_task(self._reporter.run())
         await self._broker.subscribe(self._commands, WorkerCommand, self._on_command, prefetch=0, no_ack=True)
-        self._enter("loading")
+        self._reporter.enter("loading")
         await self._preload()
         group.create_task(self._sender.run())
         group.create_task(self._beats())
         group.create_task(self._pump())
         await self._subscribe()
-        self._enter("ready")
+        self._reporter.enter("ready")
 
     async def _preload(self) -> None:
         """Make the likeliest model resident before the worker is ready; the others follow while it is idle."""
@@ -149,7 +140,7 @@ class Worker:
 
     async def _preload_when_idle(self, refs: list[ModelRef]) -> None:
         for ref in refs:
-            while self._phase != "ready" or self._held:  # noqa: ASYNC110 - idle is many things; one look a second does
+            while self.phase != "ready" or self._held:  # noqa: ASYNC110 - idle is many things; one look a second does
                 await asyncio.sleep(PRELOAD_PAUSE_S)
             if (ref.model_id, ref.revision) not in self._residency.slots():
                 await self._preload_one(ref)
@@ -168,8 +159,8 @@ class Worker:
 
     async def drain(self) -> None:
         """Take no more, give back what has not begun, finish the rest. Idempotent; returns when nothing is left."""
-        if self._phase != "draining":
-            self._enter("draining")
+        if self.phase != "draining":
+            self._reporter.enter("draining")
             for subscription in self._subscriptions:
                 await subscription.cancel()
             for held in [held for held in self._held.values() if held.state is HeldState.WAITING]:
@@ -177,8 +168,8 @@ class Worker:
         while self._held:
             self._wake.set()
             await asyncio.sleep(0.05)
-        self._enter("drained")
-        await self._report()
+        self._reporter.enter("drained")
+        await self._reporter.report()
         self._engine.stop()
         self._drained.set()
 
@@ -215,10 +206,10 @@ class Worker:
             self._group.create_task(delivery.ack())
         else:
             span = telemetry.start_span_under(
-                f"process {delivery.queue}", delivery.headers, attributes=_span_attributes(job)
+                f"process {delivery.queue}", delivery.headers, attributes=job_attributes(job)
             )
             held = self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
-            if job.owner_queue in self._owners_gone:
+            if self._owners.was_lost(job.owner_queue):
                 held.not_before_s = held.received_s + CLAIM_PAUSE_S
                 self._group.create_task(self._drop_if_owner_is_gone(held))
             self._wake.set()
@@ -226,13 +217,12 @@ class Worker:
     async def _drop_if_owner_is_gone(self, held: Held) -> None:
         """A dead gateway may leave a queue full of jobs: they go at once, without a claim for each."""
         try:
-            gone = await self._broker.consumers(held.job.owner_queue) == 0
+            gone = await self._owners.is_gone(held.job.owner_queue)
         except Unavailable:
             return  # it is claimed after the pause, as any other
         if gone:
             self._end(held, "cancelled", "owner_gone", None)
         else:
-            self._owners_gone.discard(held.job.owner_queue)
             held.not_before_s = 0.0
             self._wake.set()
 
@@ -251,7 +241,7 @@ class Worker:
             )
             for job_id in plan.start:
                 self._start(self._held[job_id])
-            if self._phase == "ready":
+            if self.phase == "ready":
                 for job_id in plan.claim:
                     await self._claim(self._held[job_id], begin_at_once=plan.begin_at_once)
             for key in plan.evict:
@@ -403,7 +393,7 @@ class Worker:
         held.is_granted = True
         held.answer.set()
         held.span.set_attribute(telemetry.ATTEMPT, granted.attempt)
-        self._owners_heard_s[held.job.owner_queue] = time.monotonic()
+        self._owners.heard(held.job.owner_queue)
         self._wake.set()
 
     def _on_drop(self, drop: Drop) -> None:
@@ -480,7 +470,7 @@ class Worker:
             record.deltas.append(message)
             record.finish_reason = delta.finish_reason
             held.prompt_logprobs += to_logprobs(delta.prompt_logprobs)
-            self._tokens_since += len(delta.tokens)
+            self._reporter.generated(len(delta.tokens))
             self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + len(delta.tokens)
             if all(record.finish_reason is not None for record in held.choices):
                 self._end(held, "succeeded", None, None)  # carries the last delta too
@@ -515,7 +505,7 @@ class Worker:
         now_unix_ns = time.time_ns()
         spent = timings(held, now_unix_ns)
         self._queue_wait_s.record(spent.queue_ms / 1000, {"model_type": self.spec.model_type})
-        _record_stages(held, now_unix_ns)
+        record_stages(held, now_unix_ns)
         held.span.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, held.completion_tokens)
         if code is not None:
             held.span.set_attribute(telemetry.ERROR_TYPE, code)
@@ -537,7 +527,11 @@ class Worker:
             await held.answer.wait()
             if not held.is_granted:
                 usage = msgspec.structs.replace(
-                    usage, outcome="cancelled", error_code="owner_gone", completion_tokens=0, prefill_ran=False
+                    usage,
+                    outcome="cancelled",
+                    error_code="owner_gone",
+                    completion_tokens=0,
+                    prefill_ran=False,
                 )
         if held.attempt == usage.attempt and held.job.job_id in self._held:
             await tell_billing(self._broker, usage)
@@ -560,7 +554,7 @@ class Worker:
 
     def _on_owner_beat(self, beat: OwnerBeat) -> None:
         now_s = time.monotonic()
-        self._owners_heard_s[beat.owner_queue] = now_s
+        self._owners.heard(beat.owner_queue)
         waited_for = set(beat.job_ids)
         for held in list(self._held.values()):
             if held.job.owner_queue != beat.owner_queue or held.job.job_id in waited_for:
@@ -577,47 +571,17 @@ class Worker:
     def _lose_owner(self, owner_queue: str, reason: str) -> None:
         """Nobody waits for these jobs any more: stop them; what was published is what is charged."""
         log.warning("owner_lost", owner_queue=owner_queue, reason=reason)
-        self._owners_heard_s.pop(owner_queue, None)
-        if len(self._owners_gone) >= MAX_OWNERS_GONE:
-            self._owners_gone.clear()
-        self._owners_gone.add(owner_queue)
+        self._owners.lost(owner_queue)
         for held in list(self._held.values()):
             if held.job.owner_queue == owner_queue:
                 self._stop_sequences(held)
                 held.answer.set()  # none will come
                 self._end(held, "cancelled", reason, None)
 
-    async def _look_for_owners(self) -> None:
-        """Find dead owners of jobs that are not granted: their reply queue has no consumer, twice in a row.
-
-        A killed process loses its consumers at once, a frozen one keeps them (its claims are put aside instead).
-        """
-        now_s = time.monotonic()
-        unanswered = {
-            held.job.owner_queue
-            for held in self._held.values()
-            if not held.is_granted and held.claims_total > 1
-        }
-        for owner_queue in self._owners_absent_s.keys() - unanswered:
-            del self._owners_absent_s[owner_queue]
-        for owner_queue in unanswered:
-            try:
-                present = await self._broker.consumers(owner_queue) > 0
-            except Unavailable:
-                return
-            if present:
-                self._owners_absent_s.pop(owner_queue, None)
-                continue
-            first_s = self._owners_absent_s.setdefault(owner_queue, now_s)
-            if min(now_s - first_s, self._broker.connected_for_s()) > OWNER_ABSENCE_S:
-                self._lose_owner(owner_queue, "owner_gone")
-
     async def _beats(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
             self._engine.watch()
-            self._tokens_per_s = 0.7 * self._tokens_per_s + 0.3 * self._tokens_since / BEAT_S
-            self._tokens_since = 0
             jobs: dict[str, list[tuple[str, int]]] = {}
             for held in self._held.values():
                 if held.is_granted:
@@ -629,56 +593,19 @@ class Worker:
                     )
                 except Unavailable as error:
                     log.info("beat_not_sent", error=str(error))
-            self._notice_silent_owners()
-            await self._look_for_owners()
+            await self._look_after_owners()
 
-    def _notice_silent_owners(self) -> None:
-        now_s, connected_for_s = time.monotonic(), self._broker.connected_for_s()
-        with_jobs = {held.job.owner_queue for held in self._held.values() if held.is_granted}
-        for owner_queue, heard_s in list(self._owners_heard_s.items()):
-            if owner_queue not in with_jobs:
-                del self._owners_heard_s[owner_queue]
-            elif min(now_s - heard_s, connected_for_s) > OWNER_SILENCE_S:
-                self._lose_owner(owner_queue, "owner_silent")
-
-    # ---- reports to the scheduler
-
-    def _enter(self, phase: WorkerPhase) -> None:
-        self._phase = phase
-        log.info("worker_phase", phase=phase)
-        self._report_now.set()
+    async def _look_after_owners(self) -> None:
+        held = self._held.values()
+        for owner_queue in self._owners.silent({each.job.owner_queue for each in held if each.is_granted}):
+            self._lose_owner(owner_queue, "owner_silent")
+        unanswering = {each.job.owner_queue for each in held if not each.is_granted and each.claims_total > 1}
+        for owner_queue in await self._owners.absent(unanswering):
+            self._lose_owner(owner_queue, "owner_gone")
 
     @property
     def phase(self) -> WorkerPhase:
-        return self._phase
-
-    async def _reports(self) -> None:
-        while True:
-            await self._report()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_S):
-                    await self._report_now.wait()
-            self._report_now.clear()
-
-    async def _report(self) -> None:
-        running = [held for held in self._held.values() if held.state is HeldState.RUNNING]
-        report = WorkerReport(
-            worker_id=self.spec.worker_id,
-            resource_id=self.spec.resource_id,
-            place=self.spec.place,
-            incarnation=self.spec.incarnation,
-            phase=self._phase,
-            sent_unix_ms=time.time_ns() // 1_000_000,
-            running_jobs=len(running),
-            held_jobs=len(self._held),
-            remaining_tokens=sum(held.remaining_tokens() for held in running),
-            tokens_per_s=round(self._tokens_per_s, 3),
-            models=self._residency.report(),
-        )
-        try:
-            await self._broker.send_event(report)
-        except Unavailable as error:
-            log.info("report_not_sent", error=str(error))
+        return self._reporter.phase
 
 
 def _waiting_job(held: Held, now_s: float) -> WaitingJob:
@@ -694,35 +621,3 @@ def _waiting_job(held: Held, now_s: float) -> WaitingJob:
         attempt=held.attempt,
         claimable=claimable,
     )
-
-
-def _span_attributes(job: GenerateJob) -> dict[str, str | int]:
-    return {
-        telemetry.MESSAGING_SYSTEM: "rabbitmq",
-        telemetry.GEN_AI_OPERATION: job.operation,
-        telemetry.GEN_AI_PROVIDER: "roundhouse",
-        telemetry.GEN_AI_REQUEST_MODEL: job.model.name,
-        telemetry.GEN_AI_MAX_TOKENS: job.max_tokens,
-        telemetry.GEN_AI_INPUT_TOKENS: len(job.prompt_tokens),
-        telemetry.JOB_ID: job.job_id,
-        telemetry.TEAM_ID: job.team_id,
-        telemetry.RESOURCE_ID: job.resource_id,
-    }
-
-
-def _record_stages(held: Held, now_unix_ns: int) -> None:
-    """Spans of the stages that are over; the wait begins when the gateway accepted the request."""
-    accepted_ns = held.job.accepted_unix_ms * 1_000_000
-    waited_until_ns = held.swap_started_unix_ns or held.started_unix_ns or now_unix_ns
-    telemetry.record_child(held.span, "queue_wait", accepted_ns, waited_until_ns)
-    # A model that was resident leaves a swap of no length: every trace has the same stages.
-    swapped = held.swap_started_unix_ns is not None
-    swap_ended_ns = (held.swap_ended_unix_ns or now_unix_ns) if swapped else waited_until_ns
-    telemetry.record_child(
-        held.span, "swap", waited_until_ns, swap_ended_ns, {telemetry.SWAP_NEEDED: swapped}
-    )
-    if held.started_unix_ns is not None:
-        prefilled_ns = held.prefilled_unix_ns or now_unix_ns
-        telemetry.record_child(held.span, "prefill", held.started_unix_ns, prefilled_ns)
-    if held.prefilled_unix_ns is not None:
-        telemetry.record_child(held.span, "decode", held.prefilled_unix_ns, now_unix_ns)

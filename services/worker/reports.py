@@ -1,0 +1,85 @@
+"""What the worker tells the scheduler: its phase, its load and its models, every second and at once on a change."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection
+
+import structlog
+
+from services.worker.held import Held, HeldState
+from shared.broker import Broker
+from shared.messages import ResidentModel, WorkerPhase, WorkerReport, WorkerSpec
+from shared.outcomes import Unavailable
+
+log = structlog.get_logger()
+
+INTERVAL_S = 1.0
+KEPT_SHARE = 0.7
+"""Weight of what was before in the running mean of tokens per second."""
+
+
+class Reporter:
+    """Owns the worker's phase; reads everything else."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        spec: WorkerSpec,
+        held: Callable[[], Collection[Held]],
+        models: Callable[[], list[ResidentModel]],
+    ) -> None:
+        self._broker = broker
+        self._spec = spec
+        self._held = held
+        self._models = models
+        self._now = asyncio.Event()
+        self._tokens = 0
+        self._tokens_per_s = 0.0
+        self.phase: WorkerPhase = "starting"
+
+    def enter(self, phase: WorkerPhase) -> None:
+        self.phase = phase
+        log.info("worker_phase", phase=phase)
+        self._now.set()
+
+    def generated(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        last_s = time.monotonic()
+        while True:
+            await self.report()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL_S):
+                    await self._now.wait()
+            self._now.clear()
+            now_s = time.monotonic()
+            rate = self._tokens / max(now_s - last_s, 1e-3)
+            self._tokens_per_s = KEPT_SHARE * self._tokens_per_s + (1 - KEPT_SHARE) * rate
+            self._tokens, last_s = 0, now_s
+
+    async def report(self) -> None:
+        """Send one report; while the broker is away there is nobody to read it."""
+        held = self._held()
+        running = [each for each in held if each.state is HeldState.RUNNING]
+        report = WorkerReport(
+            worker_id=self._spec.worker_id,
+            resource_id=self._spec.resource_id,
+            place=self._spec.place,
+            incarnation=self._spec.incarnation,
+            phase=self.phase,
+            sent_unix_ms=time.time_ns() // 1_000_000,
+            running_jobs=len(running),
+            held_jobs=len(held),
+            remaining_tokens=sum(each.remaining_tokens() for each in running),
+            tokens_per_s=round(self._tokens_per_s, 3),
+            models=self._models(),
+        )
+        try:
+            await self._broker.send_event(report)
+        except Unavailable as error:
+            log.info("report_not_sent", error=str(error))
