@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
@@ -46,7 +45,6 @@ from shared.messages import (
     CancelJob,
     DrainWorker,
     Drop,
-    FinishedReport,
     GenerateJob,
     Granted,
     JobClaimed,
@@ -71,7 +69,6 @@ CLAIM_TRIES = 5
 """After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
 CLAIM_PAUSE_S = 5.0
 PRELOAD_PAUSE_S = 1.0
-RECENT_JOBS = 2000
 
 
 class Worker:
@@ -88,7 +85,6 @@ class Worker:
         self._sender = DeltaSender(broker, spec.worker_id)
         self._commands = topology.worker_commands(spec.worker_id)
         self._held: dict[str, Held] = {}
-        self._recent: OrderedDict[str, None] = OrderedDict()
         self._owners = Owners(broker)
         self._lane_tokens: dict[int, int] = {}
         self._subscriptions: list[Subscription] = []
@@ -202,7 +198,7 @@ class Worker:
         if (held := self._held.get(job.job_id)) is not None:
             # Our connection was lost and the broker delivered again, or a second copy exists: same job, same run.
             held.deliveries.append(delivery)
-        elif job.job_id in self._recent or job.deadline_unix_ms <= time.time() * 1000:
+        elif job.deadline_unix_ms <= time.time() * 1000:
             self._group.create_task(delivery.ack())
         else:
             span = telemetry.start_span_under(
@@ -408,13 +404,14 @@ class Worker:
             held.answer.set()
             return
         held.state = HeldState.FINISHING
-        self._group.create_task(self._drop(held, drop.report))
+        self._group.create_task(self._drop(held, drop))
 
-    async def _drop(self, held: Held, report: FinishedReport | None) -> None:
+    async def _drop(self, held: Held, drop: Drop) -> None:
         """Ack a job that its owner does not want run; if a worker finished it, see that billing knows."""
-        if report is not None:
+        if drop.report is not None:
             with telemetry.under(held.span):
-                await tell_billing(self._broker, reported_usage(held.job, self.spec.worker_id, report))
+                usage = reported_usage(held.job, self.spec.worker_id, drop.report)
+                await tell_billing(self._broker, usage)
         await self._release(held)
 
     def _on_cancel(self, cancel: CancelJob) -> None:
@@ -537,11 +534,8 @@ class Worker:
             await tell_billing(self._broker, usage)
 
     async def _release(self, held: Held) -> None:
-        """Ack every copy, and remember the job so that a late copy is acked as well."""
+        """Ack every copy. The job is not remembered: a late copy is claimed again, and its owner knows best."""
         self._forget(held)
-        self._recent[held.job.job_id] = None
-        while len(self._recent) > RECENT_JOBS:
-            self._recent.popitem(last=False)
         for delivery in held.deliveries:
             await delivery.ack()
 

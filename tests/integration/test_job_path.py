@@ -239,6 +239,19 @@ async def test_the_queue_of_a_dead_gateway_is_cleared_quickly_for_those_that_liv
     assert {(f.outcome, f.completion_tokens, f.prefill_ran) for f in gone} == {("cancelled", 0, False)}
 
 
+async def test_a_lost_finish_is_given_again_when_the_job_comes_again(path: Path_) -> None:
+    path.worker()
+    stream = await path.submit(4)
+    lost = stream.owned.on_finished
+    stream.owned.on_finished = lambda finished, now_s: []  # type: ignore[method-assign]
+    await path.usage_events(1)  # the worker is done with it, the owner has heard nothing of the end
+    stream.owned.on_finished = lost  # type: ignore[method-assign]
+    await path.broker.publish(path.queue, stream.owned.job)  # as the owner does after a silence
+    text, tokens, end = await asyncio.wait_for(read(stream), 20)
+    assert (text, end.outcome, end.finish_reasons) == (whole_text(4), "succeeded", ("length",))
+    assert tokens == [1000, 1001, 1002, 1003]
+
+
 async def test_a_finish_is_reported_to_billing_when_its_worker_died_before_it_could(path: Path_) -> None:
     stream = await path.submit(3)
     job = stream.owned.job
