@@ -4,8 +4,9 @@
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
-# Only set-up makes .venv, and what needs no running system should work before it, too.
-HAVE_VENV = test -x $(PYTHON) || { echo "roundhouse: nothing is set up yet: run 'make up'" >&2; exit 1; }
+# Only set-up makes .venv. Half-way through it there is a Python, but not yet what the commands import.
+VENV_WORKS = test -x $(PYTHON) && { test ! -e .venv/.roundhouse-installing || $(PYTHON) -c 'import infra.local.up' 2>/dev/null; }
+HAVE_VENV = { $(VENV_WORKS); } || { echo "roundhouse: nothing is set up yet: run 'make up'" >&2; exit 1; }
 # Tests run beside each other's servers on two cores: more threads would only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(PYTHON) -m pytest -q
@@ -29,7 +30,10 @@ logs: ## follow the logs; NAMES="gateway scheduler" for some of them
 	@$(HAVE_VENV); $(PYTHON) -m infra.local logs --follow $(NAMES)
 
 clean: ## stop everything and remove .local/ (data, logs, keys)
-	@if test -x $(PYTHON); then $(PYTHON) -m infra.local clean; else rm -rf .local; fi
+	@if $(VENV_WORKS); then $(PYTHON) -m infra.local clean; \
+	elif test -e .local/bootstrap.lock && ! flock -n .local/bootstrap.lock true; then \
+		echo "roundhouse: a set-up of this clone is at work: wait for it, or stop it" >&2; exit 1; \
+	else rm -rf .local; fi
 
 lint: setup ## ruff and mypy
 	@$(PYTHON) -m ruff check .

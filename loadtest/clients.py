@@ -1,7 +1,7 @@
 """Clients that write down what they saw: the other side of every audit.
 
-One request is one `ClientRecord`; a streamed one counts the tokens that the text it got stands for, by asking for
-greedy answers whose whole is known from a run without faults.
+One request is one `ClientRecord`. A stream that was cut has no usage to read; its tokens are counted from the text that
+came, which is possible because answers are greedy and their tokens known from a run without faults.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,19 @@ class RecordingClient:
     records: list[ClientRecord] = field(default_factory=list)
 
     async def complete(
-        self, session: aiohttp.ClientSession, model: str, prompt: str, max_tokens: int, *, stream: bool
+        self,
+        session: aiohttp.ClientSession,
+        model: str,
+        prompt: str,
+        max_tokens: int,
+        *,
+        stream: bool,
+        tokens: Sequence[str] = (),
     ) -> tuple[ClientRecord, str]:
-        """One greedy completion; returns its record and text. Never raises for what a server or a network does."""
+        """One greedy completion; returns its record and text. Never raises for what a server or a network does.
+
+        tokens: the texts of the whole answer's tokens, to count those of a stream that is cut.
+        """
         body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -57,9 +68,24 @@ class RecordingClient:
                 await self._exchange(session, body, seen, stream=stream)
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             seen.error_code = seen.error_code or type(error).__name__
-        record = self._record(model, stream, started_unix_ms, seen)
+        record = self._record(model, stream, started_unix_ms, seen, tokens)
         self.records.append(record)
         return record, seen.text
+
+    async def spell(
+        self, session: aiohttp.ClientSession, model: str, prompt: str, max_tokens: int
+    ) -> list[str]:
+        """The texts of a greedy answer's tokens. Raises `RuntimeError` unless there is one and they join to its text."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "logprobs": 1}
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        async with session.post(f"{self.base_url}/v1/completions", json=body, headers=headers) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"no answer to learn from: {answer.status} {await answer.text()}")
+            [choice] = (await answer.json())["choices"]
+        tokens = list(choice["logprobs"]["tokens"])
+        if "".join(tokens) != choice["text"]:
+            raise RuntimeError("the answer's tokens do not join to its text: choose a prompt of plain words")
+        return tokens
 
     async def _exchange(
         self, session: aiohttp.ClientSession, body: dict[str, Any], seen: Seen, *, stream: bool
@@ -81,7 +107,9 @@ class RecordingClient:
                 elif line.startswith(b"data: "):
                     _take_event(json.loads(line[6:]), seen)
 
-    def _record(self, model: str, stream: bool, started_unix_ms: int, seen: Seen) -> ClientRecord:
+    def _record(
+        self, model: str, stream: bool, started_unix_ms: int, seen: Seen, tokens: Sequence[str]
+    ) -> ClientRecord:
         answered = seen.done and seen.usage is not None
         refused = (
             seen.status is not None and (seen.status != 200 or seen.error_code is not None) and not answered
@@ -97,7 +125,7 @@ class RecordingClient:
             status=seen.status,
             outcome="answered" if answered else "error" if refused and not seen.text else "cut",
             prompt_tokens=usage.get("prompt_tokens"),
-            completion_tokens=usage.get("completion_tokens") if answered else None,
+            completion_tokens=usage.get("completion_tokens") if answered else tokens_shown(seen.text, tokens),
             error_code=seen.error_code,
         )
 
@@ -106,6 +134,21 @@ class RecordingClient:
         with path.open("ab") as file:
             for record in self.records:
                 file.write(msgspec.json.encode(record) + b"\n")
+
+
+def tokens_shown(text: str, tokens: Sequence[str]) -> int | None:
+    """How many whole tokens a text shows, given those of the whole answer; None if they are not known. Pure.
+
+    A text that is not a beginning of the answer shows those of the part that is: the rest is another finding.
+    """
+    if not tokens:
+        return None
+    chars = 0
+    for count, token in enumerate(tokens):
+        if not text.startswith(token, chars):
+            return count
+        chars += len(token)
+    return len(tokens)
 
 
 def _take_event(event: dict[str, Any], seen: Seen) -> None:

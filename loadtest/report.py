@@ -46,7 +46,10 @@ def print_table(rows: Sequence[Row], file: TextIO | None = None) -> None:
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as a JSON list of objects; an existing file is replaced."""
-    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps([dataclasses.asdict(row) for row in rows], indent=2, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
 
 
 def _cell(value: str | float | None) -> str:

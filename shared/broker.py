@@ -48,6 +48,7 @@ log = structlog.get_logger()
 HEARTBEAT_S = 10
 RECONNECT_INTERVAL_S = 0.5
 PUBLISH_TIMEOUT_S = 5.0
+BURY_RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 1.0
 """Closing a channel is a courtesy; on a connection that is frozen the heartbeat ends all of them."""
 
@@ -205,18 +206,15 @@ class Broker:
         message: Message,
         *,
         timeout_s: float = PUBLISH_TIMEOUT_S,
-        persistent: bool = True,
     ) -> None:
-        """Publish and wait for the broker's confirm. persistent: it survives a restart of the broker.
+        """Publish durably and wait for the broker's confirm.
 
         Raises `PublishUnknown` (no answer in time: it may be in the queue), `PublishRefused` (queue full),
         `Unroutable` (no such queue), `Unavailable` (not connected; certainly not sent).
         """
         name = queue if isinstance(queue, str) else queue.name
         with telemetry.span(f"send {name}", kind=SpanKind.PRODUCER, attributes=_messaging(name, "send")):
-            await self._publish_confirmed(
-                self._confirmed.default_exchange, name, message, timeout_s, persistent=persistent
-            )
+            await self._publish_confirmed(self._confirmed.default_exchange, name, message, timeout_s)
 
     async def publish_event(self, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """Publish a fact to the events exchange under its type, durably and confirmed; raises like `publish`."""
@@ -229,8 +227,6 @@ class Broker:
         key: str,
         message: Message,
         timeout_s: float,
-        *,
-        persistent: bool = True,
     ) -> None:
         body = encode(message)
         if len(body) > MAX_MESSAGE_BYTES:
@@ -292,8 +288,8 @@ class Broker:
                 message = decode(raw.body)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 log.error("message_undecodable", queue=queue.name, error=str(error), message_type=raw.type)
-                if not no_ack and await self._bury(raw, queue.name, f"undecodable: {error}"):
-                    await raw.ack()
+                if not no_ack:
+                    await self._bury_and_ack(raw, queue.name, f"undecodable: {error}")
                 return
             held = None if no_ack else raw
             receive(Delivery(message, raw.headers, queue.name, bool(raw.redelivered), held, raw.type or ""))
@@ -340,7 +336,7 @@ class Broker:
                 case Rejected(reason):
                     if delivery._raw is None or await self._bury(delivery._raw, delivery.queue, reason):
                         break
-                    await asyncio.sleep(1.0)
+                    await asyncio.sleep(BURY_RETRY_S)
                 case RetryLater(reason, after_s):
                     log.warning(
                         "message_retry", queue=delivery.queue, reason=reason, after_s=max(after_s, pause_s)
@@ -358,6 +354,13 @@ class Broker:
             except Exception as error:
                 log.exception("handler_failed", queue=delivery.queue)
                 return Rejected(f"{type(error).__name__} in handler")
+
+    async def _bury_and_ack(self, raw: aio_pika.abc.AbstractIncomingMessage, queue: str, reason: str) -> None:
+        """Try until it worked: nobody else holds the message. If its connection drops it comes again."""
+        while True:
+            if await self._bury(raw, queue, reason):
+                return await Delivery(None, {}, queue, False, raw).ack()
+            await asyncio.sleep(BURY_RETRY_S)
 
     async def _bury(self, raw: aio_pika.abc.AbstractIncomingMessage, queue: str, reason: str) -> bool:
         headers = dict(raw.headers) | {"x-dead-reason": reason[:500], "x-dead-from": queue}

@@ -117,7 +117,7 @@ def inspect_model_folder(folder: Path, limits: ModelFolderLimits) -> ModelManife
         eos_token_ids = _eos_token_ids(configs, model_type.vocab_size)
         _check_tokenizer(files.read("tokenizer.json"), model_type.vocab_size)  # 4
         has_chat_template = _check_chat_template(files, configs.get("tokenizer_config.json", {}))  # 5
-        parameter_count = _check_weights(files, model_type, limits)  # 6
+        parameter_count = _check_weights(files, model_type)  # 6
         return ModelManifest(
             files=files.manifest,  # 7
             architecture=model_type.architecture,
@@ -255,7 +255,7 @@ def _token_text(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _check_weights(files: ModelFiles, model_type: ModelType, limits: ModelFolderLimits) -> int:
+def _check_weights(files: ModelFiles, model_type: ModelType) -> int:
     """Compare all shards with the tensors that the type needs; returns how many parameters the model has."""
     shards = files.weights
     if not shards:

@@ -75,7 +75,7 @@ def run(service: str, kind: type[S], serve: Callable[[S, Lifetime], Awaitable[No
         return
     telemetry.setup(service, log_level=loaded.log_level)
     try:
-        uvloop.run(_main(service, loaded, serve))
+        uvloop.run(_main(loaded, serve))
     except* Exception as failures:
         for failure in failures.exceptions:
             log.error("service_failed", exc_info=failure)
@@ -84,7 +84,7 @@ def run(service: str, kind: type[S], serve: Callable[[S, Lifetime], Awaitable[No
     telemetry.shutdown()
 
 
-async def _main(service: str, loaded: S, serve: Callable[[S, Lifetime], Awaitable[None]]) -> None:
+async def _main(loaded: S, serve: Callable[[S, Lifetime], Awaitable[None]]) -> None:
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         life = Lifetime(group, stack)
         _handle_signals(life)

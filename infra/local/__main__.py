@@ -19,15 +19,18 @@ from infra.local.servers.postgres import remove_data
 from infra.local.state import AlreadyLocked, exclusive_lock, read_report
 from infra.local.up import is_settled, stop
 
+SET_UP_LOGS = frozenset({"apt", "demo-models", "migrations", "pip", "venv"})
+NEWEST_WORKERS = 4
+
 
 def up(layout: Layout) -> int:
     from infra.local.start import start_everything  # brings in HTTP client code that no other command needs
 
-    try:
-        with exclusive_lock(layout.up_lock):
-            return start_everything(layout, os.environ)
-    except AlreadyLocked:
-        raise SetupFailed("another 'make up' of this clone is at work: wait for it") from None
+    def say_so() -> None:
+        say("  another 'make up' of this clone is at work: waiting for it")
+
+    with exclusive_lock(layout.up_lock, before_waiting=say_so):
+        return start_everything(layout, os.environ)
 
 
 def down(layout: Layout) -> int:
@@ -65,13 +68,20 @@ def status(layout: Layout) -> int:
 
 
 def logs(layout: Layout, names: list[str], *, follow: bool, lines: int) -> int:
-    """The last lines of the logs, in their files' order; with `follow` also what comes."""
-    known = {path.stem: path for path in sorted(layout.logs.glob("*.log"))}
+    """The last lines of the logs, in their files' order; with `follow` also what comes.
+
+    `workers` stands for the newest workers' logs. Without names it is all that runs; set-up's logs are shown by name.
+    """
+    known = {path.stem: [path] for path in sorted(layout.logs.glob("*.log"))}
+    workers = sorted(layout.worker_logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    if workers:
+        known["workers"] = workers[-NEWEST_WORKERS:]
     unknown = [name for name in names if name not in known]
     if unknown or not known:
         have = ", ".join(known) or "none yet: run 'make up'"
         raise SetupFailed(f"no log of {', '.join(unknown) or 'anything'}; there are: {have}")
-    files = [str(known[name]) for name in names or known]
+    chosen = names or [name for name in known if name not in SET_UP_LOGS] or list(known)
+    files = [str(path) for name in chosen for path in known[name]]
     command = ["tail", "-n", str(lines), *(["-F"] if follow else []), *files]
     try:
         return subprocess.run(command).returncode
@@ -81,11 +91,14 @@ def logs(layout: Layout, names: list[str], *, follow: bool, lines: int) -> int:
 
 def clean(layout: Layout) -> int:
     """Stop everything and remove `.local/`: the tests' servers in it too. `.venv/` stays."""
-    for each in (layout, test_layout(ROOT), e2e_layout(ROOT)):
-        stop(each)
-        remove_data(each.home / "postgres")
-    if layout.home.exists():
-        shutil.rmtree(layout.home)
+    try:
+        with exclusive_lock(layout.up_lock):
+            for each in (layout, test_layout(ROOT), e2e_layout(ROOT)):
+                stop(each)
+                remove_data(each.home / "postgres")
+            shutil.rmtree(layout.home)
+    except AlreadyLocked:
+        raise SetupFailed("a 'make up' of this clone is at work: wait for it, or stop it") from None
     say(f"{_short(layout.home)} is removed")
     return 0
 

@@ -33,6 +33,8 @@ PREFERRED_PYTHON = (3, 11)
 OLDEST_PYTHON = (3, 11)
 # A finished environment takes 1.4 GB with the CPU build; pip needs about as much again for downloads and unpacking.
 VENV_FREE_BYTES = 3 * 1024**3
+# The default build and its CUDA libraries take 4.5 GB, and pip keeps some 2.5 GB of downloads until it has finished.
+CUDA_FREE_BYTES = 7 * 1024**3
 HEARTBEAT_S = 15.0
 APT_LOCK_WAIT_S = 120
 
@@ -216,7 +218,7 @@ def ensure_venv() -> None:
     if installing.exists() or (VENV.exists() and not _runs(VENV)):
         say("  an earlier set-up was broken off: building .venv anew")
         shutil.rmtree(str(VENV))
-    _check_free_space()
+    _check_free_space(VENV_FREE_BYTES)
     if not VENV.exists():
         with step("virtual environment"):
             _make_venv(installing)
@@ -251,6 +253,7 @@ def _install_torch(log: Path) -> None:
             if "the package index has no file for" not in str(failure):
                 raise
             say("    no CPU build of torch in the configured indexes: taking the default one (about 3 GB)")
+    _check_free_space(CUDA_FREE_BYTES)
     _pip(["--no-deps", "-r", str(requirements)], log, "torch")
 
 
@@ -300,12 +303,12 @@ def _is_cpu_build() -> bool:
     return answer.stdout.decode().strip().endswith("+cpu")
 
 
-def _check_free_space() -> None:
+def _check_free_space(needed: int) -> None:
     free = shutil.disk_usage(str(ROOT)).free
-    if free < VENV_FREE_BYTES:
+    if free < needed:
         raise SetupFailed(
             f"the disk of {ROOT} has {free / 1024**3:.1f} GB free and set-up needs "
-            f"{VENV_FREE_BYTES / 1024**3:.0f} GB: free some space and run it again"
+            f"{needed / 1024**3:.0f} GB: free some space and run it again"
         )
 
 
@@ -349,7 +352,8 @@ def _say_last_line(log: Path, ended: threading.Event) -> None:
             source.seek(max(0, os.path.getsize(str(log)) - 2000))
             lines = source.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        say(f"    {time.monotonic() - started_s:4.0f} s  {last[:90]}")
+        shown = last if len(last) <= 90 else f"{last[:89].rstrip()}…"
+        say(f"    {time.monotonic() - started_s:4.0f} s  {shown}")
 
 
 if __name__ == "__main__":

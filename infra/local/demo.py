@@ -27,6 +27,9 @@ MAX_BATCH = 16
 MAX_CONTEXT_TOKENS = 2048
 KV_TOKENS = MAX_BATCH * MAX_CONTEXT_TOKENS  # every sequence of a full batch may grow to the whole context
 HOURLY_RATES_USD = {"bf16": "0.60", "int8": "0.45"}
+RESOURCE_PRECISION = "bf16"
+POOL_PRECISION = {"cpu": "int8", "cuda": "bf16"}
+"""int8 runs on processors only."""
 # USD per million tokens; batch work costs half.
 PRICES_USD = {"live": ("0.02", "0.06"), "batch": ("0.01", "0.03")}
 
@@ -61,12 +64,13 @@ def ensure_demo(
             for folder in model_folders:
                 _ensure_model(platform, TEAM, folder)
             _ensure_model(platform, PLATFORM_TEAM, BASE_NAME)
-        for precision, rate in HOURLY_RATES_USD.items():
-            _ensure_option(platform, precision, rate, device_kind)
+        for precision in sorted({RESOURCE_PRECISION, POOL_PRECISION[device_kind]}):
+            _ensure_option(platform, precision, HOURLY_RATES_USD[precision], device_kind)
         for work_class, (prompt, completion) in PRICES_USD.items():
             _ensure_price(platform, work_class, prompt, completion)
-        _ensure_resource(platform, PLATFORM_TEAM, POOL_RESOURCE, option="int8", pool=True)
-        resource = _ensure_resource(platform, TEAM, RESOURCE, option="bf16", pool=False)
+        pool_option = POOL_PRECISION[device_kind]
+        _ensure_resource(platform, PLATFORM_TEAM, POOL_RESOURCE, option=pool_option, pool=True)
+        resource = _ensure_resource(platform, TEAM, RESOURCE, option=RESOURCE_PRECISION, pool=False)
         _turn_on(platform, resource)
         _wait_until_live(lambda: platform.get(f"/api/resources/{resource['resource_id']}", team=TEAM))
         model = f"{TEAM}/{BASE_NAME}"

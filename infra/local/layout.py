@@ -26,6 +26,10 @@ class Layout:
         return self.home / "logs"
 
     @property
+    def worker_logs(self) -> Path:
+        return self.logs / "workers"
+
+    @property
     def run(self) -> Path:
         return self.home / "run"
 

@@ -54,20 +54,23 @@ class HttpProbe:
 
 
 @dataclass(frozen=True, slots=True)
-class TcpProbe:
-    """Ready when the port accepts a connection."""
+class EpmdProbe:
+    """Ready when Erlang's port mapper lists its names. It logs a complaint about a connection that asks nothing."""
 
     port: int
-    host: str = "127.0.0.1"
 
     async def __call__(self) -> str | None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(self.host, self.port)
-            writer.close()
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                try:
+                    writer.write(b"\x00\x01n")  # length, NAMES_REQ
+                    answer = await reader.read()
+                finally:
+                    writer.close()
         except (OSError, TimeoutError) as error:
-            return f"port {self.port}: {error or 'no answer'}"
-        return None
+            return f"port {self.port}: {str(error) or 'no answer'}"
+        return None if answer[:4] == self.port.to_bytes(4, "big") else "answers nonsense"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ def start_everything(layout: Layout, environ: Mapping[str, str]) -> int:
     """`make up`: the stack, and words about it."""
     started_s = time.monotonic()
     stack = ensure_stack(layout, environ)
-    say(done_line("everything", time.monotonic() - started_s))
+    say(done_line("from the start to the first answer", time.monotonic() - started_s))
     say(closing_words(stack, layout.env_file))
     return 0
 

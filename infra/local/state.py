@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -62,10 +62,10 @@ class AlreadyLocked(Exception):
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, *, before_waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the lock file while the block runs; the kernel lets go of it when the process dies, however it dies.
 
-    Raises AlreadyLocked at once if another process has it.
+    If another process has it: with `before_waiting`, call that and wait; without, raise AlreadyLocked at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -73,7 +73,10 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AlreadyLocked(str(path)) from None
+            if before_waiting is None:
+                raise AlreadyLocked(str(path)) from None
+            before_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

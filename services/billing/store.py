@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from services.billing.instants import from_unix_ms, to_unix_ms
 from services.billing.pricing import Price
 from shared.database import Connection
-from shared.messages import CommandResult, UsageEvent, decoder, encode, type_of
+from shared.messages import CommandResult, JobUsage, Timings, UsageEvent, decoder, encode, type_of
 
 _decode_fact = decoder(UsageEvent).decode
 _decode_result = decoder(CommandResult).decode
@@ -103,12 +104,34 @@ async def insert_facts(connection: Connection, facts: Iterable[UsageEvent]) -> s
 
 
 async def find_conflicts(connection: Connection, facts: Iterable[UsageEvent]) -> list[str]:
-    """Event ids of those facts that are known with another content: the first one stays, and somebody has a bug."""
+    """Event ids of those facts that are known with another substance: the first one stays, and somebody has a bug."""
     claimed = {fact.event_id: fact for fact in facts}
     rows = await connection.fetch(
         "SELECT event_id, payload FROM billing.usage_events WHERE event_id = ANY($1::text[])", list(claimed)
     )
-    return [row["event_id"] for row in rows if _decode_fact(row["payload"]) != claimed[row["event_id"]]]
+    return [
+        row["event_id"]
+        for row in rows
+        if substance(_decode_fact(row["payload"])) != substance(claimed[row["event_id"]])
+    ]
+
+
+def substance(fact: UsageEvent) -> UsageEvent:
+    """The fact without what may rightly differ from one telling to the next. Pure.
+
+    A finish that a worker died with is told again by another one, from what the owner knows: not who ran it, nor its
+    times, nor whether prefill ran for an answer without a token.
+    """
+    if isinstance(fact, JobUsage):
+        return replace(
+            fact,
+            worker_id="",
+            prefill_ran=False,
+            finished_unix_ms=0,
+            first_token_unix_ms=None,
+            timings=Timings(),
+        )
+    return replace(fact, voided_unix_ms=0)
 
 
 async def load_facts(connection: Connection, job_ids: Sequence[str]) -> dict[str, list[UsageEvent]]:

@@ -59,6 +59,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     life.group.create_task(key_cache.keep_fresh())
     life.group.create_task(outbox.relay())
     life.group.create_task(sweep_idempotency(store))
+    life.group.create_task(limiter.keep_leases())
     tokenizers.start(life.group)
 
     api = management.ManagementDeps(

@@ -50,6 +50,7 @@ UNAVAILABLE_RETRY_S = 2
 _CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BEARER = re.compile(r"bearer ([\x21-\x7e]{1,256})", re.IGNORECASE)
 _JSON_TYPE = re.compile(r"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 _ONCE_ONLY = ("Authorization", "Content-Type", "Content-Encoding", "Idempotency-Key", "If-Match")
 
 
@@ -280,6 +281,10 @@ def _check_transport(limits: EdgeLimits) -> Middleware:
         for name in _ONCE_ONLY:
             if len(request.headers.getall(name, ())) > 1:
                 raise bad_request("duplicate_header", f"The header {name} is given more than once.")
+        host = request.headers.get("Host")
+        if host is not None and not _HOST.fullmatch(host):
+            # It stands in the URLs and shell commands that the API shows.
+            raise bad_request("bad_http", "The Host header names no host.")
         if limits.allowed_hosts and not _is_for_us(request, limits.allowed_hosts):
             raise ApiError(421, "bad_host", "This host name is not served here.")
         encoding = request.headers.get("Content-Encoding", "identity").strip().lower()

@@ -18,6 +18,7 @@ CONSOLE_FILES = {
     "console.css": "text/css",
     "console.js": "text/javascript",
     "api.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
 CONSOLE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"

@@ -17,8 +17,9 @@ import asyncpg
 from services.gateway.principal import ModelView, Principal
 from shared.database import Database
 
-QUERY_TIMEOUT_S = 3.0
 KEYS_PER_TEAM = 50
+MODELS_PER_TEAM = 500
+"""Every gateway holds all models in memory, and each is a folder on the store's disk."""
 
 Row = asyncpg.Record
 
@@ -269,9 +270,18 @@ class Store:
             raise NameTaken from error
 
     async def add_model(self, model: NewModel) -> None:
-        """Raises `NameTaken`."""
+        """Raises `NameTaken`, or `LimitReached` when the team has `MODELS_PER_TEAM` models."""
         try:
             async with self._database.transaction() as connection:
+                await connection.fetchval(
+                    "SELECT 1 FROM gateway.teams WHERE team_id = $1 FOR UPDATE", model.team_id
+                )
+                held = await connection.fetchval(
+                    "SELECT count(*) FROM gateway.models WHERE team_id = $1 AND deleted_at IS NULL",
+                    model.team_id,
+                )
+                if held >= MODELS_PER_TEAM:
+                    raise LimitReached
                 await connection.execute(
                     "INSERT INTO gateway.models (model_id, team_id, name, signature) VALUES ($1, $2, $3, $4)",
                     model.model_id,

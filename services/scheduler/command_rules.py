@@ -12,6 +12,8 @@ MAX_BATCH = 1024
 CONTEXT_TOKENS = range(16, 1_048_576 + 1)
 MAX_KV_TOKENS = 2**31 - 1
 MAX_HOURLY_RATE_NANOUSD = 10_000 * 10**9
+NOT_BUILT = frozenset({("cuda", "int8")})
+"""Pairs that the engine refuses at its start: a resource with such an option could never go live."""
 _OPTION_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 _MODEL_TYPE = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _MAX_TEXT = 200
@@ -46,6 +48,8 @@ def _option_problem(command: CreateOption) -> str | None:
         return "model_type is not a model type's name"
     if not _OPTION_NAME.fullmatch(command.name):
         return "name must be 1 to 63 of a-z, 0-9, dot and dash, and begin with a letter or digit"
+    if (command.device_kind, command.precision) in NOT_BUILT:
+        return f"precision {command.precision} does not run on {command.device_kind} yet"
     if not 1 <= command.max_batch <= MAX_BATCH:
         return f"max_batch must be between 1 and {MAX_BATCH}"
     if command.max_context_tokens not in CONTEXT_TOKENS:

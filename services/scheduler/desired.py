@@ -36,6 +36,9 @@ class Refused(Exception):
         self.message = message
 
 
+RESOURCES_PER_TEAM = 100
+"""Each resource has queues of its own on the broker, up to nine of them."""
+
 DeclareQueues = Callable[[str, bool], Awaitable[None]]
 """Declare the job queues of (resource_id, pool). Raises `Unavailable`."""
 
@@ -123,6 +126,19 @@ class Desired:
         if option_type != command.model_type:
             raise Refused(
                 "model_type_mismatch", f"the option is for model type {option_type}, not {command.model_type}"
+            )
+        # So that two schedulers do not both give the last place.
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended('scheduler resources of ' || $1, 0))",
+            command.team_id,
+        )
+        held = await connection.fetchval(
+            "SELECT count(*) FROM scheduler.resources WHERE team_id = $1 AND deleted_at IS NULL",
+            command.team_id,
+        )
+        if held >= RESOURCES_PER_TEAM:
+            raise Refused(
+                "too_many_resources", f"a team may have {RESOURCES_PER_TEAM} resources; delete one first"
             )
         resource_id = new_id("res")
         try:

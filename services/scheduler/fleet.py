@@ -49,6 +49,9 @@ class ReportDelays:
     def forget(self, sender: str) -> None:
         self._delays.pop(sender, None)
 
+    def __len__(self) -> int:
+        return len(self._delays)
+
 
 @dataclass(frozen=True, slots=True)
 class Heard(Generic[R]):
@@ -95,6 +98,8 @@ class Fleet:
                     report.agent_id, report.sent_unix_ms / 1000, now_unix_s
                 )
                 before = self.nodes.get(report.node_id)
+                if before is not None and before.report.agent_id != report.agent_id:
+                    self._delays.forget(before.report.agent_id)
                 if before is None or _node_facts(before.report) != _node_facts(report):
                     self.changed.set()
                 self.nodes[report.node_id] = Heard(report, heard_at)

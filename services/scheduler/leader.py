@@ -148,6 +148,8 @@ class Leader:
         """Store what was decided about one resource, then send. A failure of one holds up no other."""
         resource_id = decided.resource.resource_id
         try:
+            if decided.error is not None:
+                raise decided.error
             await self._store.apply(decided)
         except StaleView as error:
             log.info("decision_stale", resource_id=resource_id, error=str(error))

@@ -45,7 +45,7 @@ def reconcile(view: ResourceView) -> list[Action]:
     surplus = len(active) - wanted_count(view)
     waiting = ""
     if surplus > 0:
-        for victim in choose_victims(view, active, surplus):
+        for victim in choose_victims(active, surplus):
             words = f"place {victim.place} drains: {len(active)} taken, {wanted_count(view)} wanted"
             moved, after = move(victim, PlaceState.DRAINING, "drain", words)
             actions.append(moved)
@@ -75,7 +75,7 @@ def wanted_count(view: ResourceView) -> int:
     return view.fixed_count if view.wanted == "on" else 0
 
 
-def choose_victims(view: ResourceView, active: Sequence[PlaceView], count: int) -> list[PlaceView]:
+def choose_victims(active: Sequence[PlaceView], count: int) -> list[PlaceView]:
     """Choose `count` places to drain: what serves least goes first.
 
     1. Lost before starting before ready. 2. Idle before busy. 3. Fewest hot models. 4. The highest place.

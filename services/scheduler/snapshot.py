@@ -89,15 +89,24 @@ class Decided:
     resource: StoredResource
     view: ResourceView
     actions: list[Action]
+    error: Exception | None = None
+    """The bug that kept this resource from being decided about."""
 
 
 def decide_all(stored: Stored, heard: Heard, memory: Memory, limits: Limits) -> list[Decided]:
-    """Decide about each resource in the order of their ids; devices that one gets are taken for the next."""
+    """Decide about each resource in the order of their ids; devices that one gets are taken for the next.
+
+    A bug (an illegal move, say) holds up its own resource and no other.
+    """
     free = free_devices(stored, heard, limits)
     decided = []
     for resource in sorted(stored.resources, key=lambda r: r.resource_id):
         view = _view(resource, stored, heard, memory, limits, free)
-        actions = reconcile(view)
+        try:
+            actions = reconcile(view)
+        except Exception as error:  # noqa: BLE001 - it is handed on, and logged by the leader
+            decided.append(Decided(resource, view, [], error))
+            continue
         for action in actions:
             if isinstance(action, GrantPlace):
                 free = [d for d in free if (d.node_id, d.device) != (action.node_id, action.device)]

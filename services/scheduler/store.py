@@ -31,6 +31,7 @@ LOAD_TIMEOUT_S = (
 )
 KEPT_DAYS = 7
 STARTS_KEPT_DAYS = 30
+DEAD_LETTERS_KEPT_DAYS = 30
 PRUNE_BATCH = 500
 
 # Resources that are off and have no worker need no look. Times as Unix seconds; milliseconds are fine enough.
@@ -159,6 +160,9 @@ class Store:
             ("command_results", "command_id", "created_at", KEPT_DAYS),
             ("decisions", "decision_id", "decided_at", KEPT_DAYS),
             ("starts", "incarnation", "ended_at", STARTS_KEPT_DAYS),
+            ("nodes", "node_id", "reported_at", KEPT_DAYS),
+            # What keeps its body is a fact about money: it waits for an operator, however long.
+            ("dead_letters", "dead_letter_id", "body IS NULL AND received_at", DEAD_LETTERS_KEPT_DAYS),
         )
         async with self._database.transaction() as connection:
             await self._lease.fence(connection)

@@ -64,9 +64,7 @@ async def tell_owner(broker: Broker, owner_queue: str, finished: JobFinished) ->
     pause_s = RETRY_S
     while True:
         try:
-            # Not written to disk: if the broker's restart loses it, the owner hears no more of the job and has it
-            # run again from the tokens that it has.
-            return await broker.publish(owner_queue, finished, persistent=False)
+            return await broker.publish(owner_queue, finished)
         except Unroutable:
             log.info("owner_gone", job_id=finished.job_id, owner_queue=owner_queue)
             return

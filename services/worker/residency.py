@@ -125,9 +125,13 @@ class Residency:
         )
 
     async def evict(self, key: ModelKey) -> None:
-        """ready -> evicting -> absent."""
+        """ready -> evicting -> absent. Raises `ValueError`, and leaves it ready, while a sequence of it lives."""
         self._models[key].state = "evicting"
-        await self._engine.unload(model_handle(key))
+        try:
+            await self._engine.unload(model_handle(key))
+        except ValueError:
+            self._models[key].state = "ready"
+            raise
         del self._models[key]
         log.info("model_evicted", model_id=key[0], revision=key[1])
 

@@ -159,9 +159,10 @@ class Worker:
             self._reporter.enter("draining")
             for subscription in self._subscriptions:
                 await subscription.cancel()
+        while self._held:
+            # Again and again: a job whose owner did not answer is put aside only later.
             for held in [held for held in self._held.values() if held.state is HeldState.WAITING]:
                 await self._give_back(held)
-        while self._held:
             self._wake.set()
             await asyncio.sleep(0.05)
         self._reporter.enter("drained")
@@ -175,6 +176,7 @@ class Worker:
 
     async def _give_back(self, held: Held) -> None:
         """A confirmed copy into the same queue, then the ack: never a requeue."""
+        held.state = HeldState.FINISHING
         try:
             with telemetry.under(held.span):
                 await self._broker.publish(held.deliveries[0].queue, held.job)

@@ -28,6 +28,7 @@ DELETES = {
     "scheduler.starts",
     "scheduler.decisions",
     "scheduler.nodes",
+    "scheduler.dead_letters",
     "billing.requests",
     "billing.command_results",
 }

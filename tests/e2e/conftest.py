@@ -22,6 +22,7 @@ from infra.local.leftovers import find_processes
 from infra.local.management_api import ManagementApi
 from infra.local.servers.postgres import remove_data
 from infra.local.start import start_everything
+from infra.local.state import AlreadyLocked, exclusive_lock
 from infra.local.up import stop
 from loadtest.chaos import read_env
 
@@ -109,8 +110,19 @@ def forget(layout: Layout) -> None:
 
 
 @pytest.fixture(scope="session")
-def system() -> Iterator[System]:
+def home() -> Iterator[Layout]:
+    """The tests' own home. Two runs of one clone would take each other's system away in the middle of it."""
     layout = e2e_layout()
+    try:
+        with exclusive_lock(layout.home.with_name("e2e.lock")):
+            yield layout
+    except AlreadyLocked:
+        pytest.exit("another run of tests/e2e is at work in this clone: wait for it", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def system(home: Layout) -> Iterator[System]:
+    layout = home
     spans = SpanReceiver()
     environ = {
         **os.environ,

@@ -15,7 +15,15 @@ import pytest
 from infra.local.layout import ROOT
 from infra.local.management_api import ManagementApi
 from loadtest.audit import settled_audit
-from loadtest.chaos import END_LIMIT_S, SHARED_MODEL, VICTIMS, Chaos, payer_on_shared_gpus, worker_pids
+from loadtest.chaos import (
+    END_LIMIT_S,
+    SERVERS,
+    SHARED_MODEL,
+    VICTIMS,
+    Chaos,
+    payer_on_shared_gpus,
+    worker_pids,
+)
 from tests.e2e.conftest import System
 from tests.e2e.test_money_and_traces import wait_for
 
@@ -58,8 +66,21 @@ async def test_fifty_requests_end_and_new_ones_succeed_when_it_is_killed(chaos: 
         assert seen.cut == 0
 
 
+@pytest.mark.parametrize("victim", SERVERS)
+async def test_fifty_requests_end_and_new_ones_succeed_when_a_server_is_killed(
+    chaos: Chaos, victim: str
+) -> None:
+    seen = await chaos.kill_under_load(victim, kill_after_s=1.0)
+    assert (seen.answered + seen.errors + seen.cut, seen.wrong_texts) == (50, 0), seen
+    assert seen.slowest_end_s < END_LIMIT_S, seen
+    # A broker needs some ten seconds on two cores to be back, and its clients some more.
+    assert seen.recovered_s < (2 * END_LIMIT_S if victim == "rabbitmq" else END_LIMIT_S), seen
+    if victim != "rabbitmq":
+        assert seen.answered == 50, seen
+
+
 async def test_what_clients_saw_is_what_was_charged(chaos: Chaos, system: System, tmp_path: Path) -> None:
-    assert len(chaos.client.records) > 50 * len(VICTIMS)
+    assert len(chaos.client.records) > 50 * len(VICTIMS + SERVERS)
     _, results = await settled_audit(system.database_url, chaos.client.records, 40.0)
     assert [(result.name, result.findings[:3]) for result in results if result.findings] == []
     log = tmp_path / "clients.jsonl"

@@ -9,11 +9,11 @@ from contextlib import AsyncExitStack
 import asyncpg
 import pytest
 
-from services.billing import ledger
+from services.billing import ledger, store
 from services.billing.handlers import _set_price
 from services.billing.rounds import SweepRound
 from services.billing.settle import BadFact, FactsDisagree
-from shared.messages import UsageEvent
+from shared.messages import Timings, UsageEvent
 from shared.outcomes import Unavailable
 from tests.integration.billing_stand import CHARGE_NANOUSD, insert_price, job_charges, open_stand
 from tests.unit.billing.builders import make_set_price, make_usage, make_void
@@ -36,6 +36,25 @@ async def test_a_fact_becomes_a_request_and_a_balanced_charge(database: str) -> 
         ("team:team_a", -CHARGE_NANOUSD),
     ]
     assert {e["unique_key"] for e in entries} == {"tokens:job_1"}
+
+
+async def test_a_fact_told_again_by_another_worker_is_no_conflict_and_another_count_is(database: str) -> None:
+    told = make_usage(event_id="use_job_1_1")
+    again = make_usage(
+        event_id="use_job_1_1",
+        worker_id="other",
+        finished_unix_ms=told.finished_unix_ms + 5000,
+        timings=Timings(),
+    )
+    other = make_usage(event_id="use_job_1_1", completion_tokens=21)
+    async with open_stand(database) as stand:
+        await stand.record(told)
+        async with stand.database.transaction() as connection:
+            assert await store.find_conflicts(connection, [again]) == []
+            assert await store.find_conflicts(connection, [other]) == ["use_job_1_1"]
+        # Whatever came later: the first one stays.
+        await stand.record(again, other)
+        assert await job_charges(stand.admin) == {"job_1": (CHARGE_NANOUSD, 1)}
 
 
 async def test_any_order_and_repetition_of_facts_ends_in_the_same_state(database: str) -> None:

@@ -116,6 +116,14 @@ async def take(broker: Broker, queue: Queue, of: Any = None) -> Delivery:
     return delivery
 
 
+async def publish_raw(vhost: Vhost, body: bytes) -> None:
+    """Put any bytes into QUEUE, as a stranger could."""
+    connection = await aio_pika.connect(vhost.amqp_url)
+    async with connection:
+        channel = await connection.channel()
+        await channel.default_exchange.publish(aio_pika.Message(body, type="a.type.v1"), QUEUE.name)
+
+
 class Recorder:
     """A handler that answers with the given outcomes in turn, then `Done`; an exception among them is raised."""
 
@@ -254,10 +262,7 @@ async def test_what_cannot_be_decoded_is_buried_and_the_next_one_is_handled(
 ) -> None:
     handler = Recorder()
     async with serving(vhost, handler):
-        connection = await aio_pika.connect(vhost.amqp_url)
-        async with connection:
-            channel = await connection.channel()
-            await channel.default_exchange.publish(aio_pika.Message(body, type="a.type.v1"), QUEUE.name)
+        await publish_raw(vhost, body)
         await broker.publish(QUEUE, cancel(2))
         dead = await take(broker, topology.DEAD)
         await until(lambda: handler.taken)
@@ -538,3 +543,22 @@ async def test_a_message_is_kept_until_it_can_be_buried(
         proxy.links[1].heal()
         dead = await take(broker, topology.DEAD)
     assert dead.message == encode(cancel(1))
+
+
+async def test_what_cannot_be_decoded_is_kept_until_it_can_be_buried(
+    vhost: Vhost, far_broker: Broker, broker: Broker, proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "PUBLISH_TIMEOUT_S", 0.3)
+    async with consuming(far_broker, QUEUE, Recorder(), prefetch=1):
+        proxy.links[1].blackhole()
+        await publish_raw(vhost, b"\xff\xfe")
+        await asyncio.sleep(0.6)
+        assert await broker.depth(topology.DEAD) == 0
+        proxy.links[1].heal()
+        dead = await take(broker, topology.DEAD)
+        assert dead.message == b"\xff\xfe"
+        # And it is acked: with a window of one, nothing else could come.
+        await broker.publish(QUEUE, cancel(1))
+        async with asyncio.timeout(5):
+            while await broker.depth(QUEUE):
+                await asyncio.sleep(0.01)

@@ -73,6 +73,20 @@ async def test_bad_chunks_are_refused(edge: EdgeServer) -> None:
     assert (answer.status, answer.code) == (400, "bad_http")
 
 
+@pytest.mark.parametrize(
+    "host", [b"", b'a"b', b"a;id", b"a/b", b"u@a", b"a:x", b"a:700000", b"[::1", b"[x]", b"a b", b"\xc3\xa9"]
+)
+async def test_a_host_that_is_none_is_refused(edge: EdgeServer, host: bytes) -> None:
+    answer = await edge.raw(post(b"Host: " + host, AUTH.strip(), JSON.strip(), b"Content-Length: 2"))
+    assert (answer.status, answer.code) == (400, "bad_http")
+
+
+@pytest.mark.parametrize("host", [b"a", b"a-b.example:8080", b"my_service", b"127.0.0.1:80", b"[::1]:8080"])
+async def test_every_way_to_write_a_host_is_served(edge: EdgeServer, host: bytes) -> None:
+    answer = await edge.raw(post(b"Host: " + host, AUTH.strip(), JSON.strip(), b"Content-Length: 2"))
+    assert answer.status == 200
+
+
 async def test_http_1_0_has_no_transfer_encoding(edge: EdgeServer) -> None:
     request = post(
         b"Host: a",

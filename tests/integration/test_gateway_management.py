@@ -74,6 +74,30 @@ async def test_set_up_of_a_team_from_nothing_to_a_resource(gateway: Gateway) -> 
     assert (await gateway.call("GET", path, key=key)).status == 404
 
 
+async def test_a_team_has_a_bounded_number_of_keys_and_models(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = await gateway.make_team("many")
+    body = {"name": "one more", "scopes": ["inference"]}
+    monkeypatch.setattr("services.gateway.store.KEYS_PER_TEAM", 2)
+    made = await gateway.call("POST", "/api/keys", body, key=key)
+    refused = await gateway.call("POST", "/api/keys", body, key=key)
+    assert (made.status, refused.status, refused.code) == (201, 409, "too_many_keys")
+    assert (await gateway.call("DELETE", f"/api/keys/{made.json['key_id']}", key=key)).status == 204
+    assert (await gateway.call("POST", "/api/keys", body, key=key)).status == 201
+
+    monkeypatch.setattr("services.gateway.store.MODELS_PER_TEAM", 1)
+    model = await register(gateway, "tiny", key=key)
+    stored = sorted(path.name for path in gateway.model_store.iterdir())
+    refused = await gateway.call("POST", "/api/models", {"name": "tiny-2", "path": "tiny"}, key=key)
+    assert (refused.status, refused.code) == (409, "too_many_models")
+    assert sorted(path.name for path in gateway.model_store.iterdir()) == stored, "a refused model left files"
+    assert (await gateway.call("DELETE", f"/api/models/{model['model_id']}", key=key)).status == 204
+    assert (
+        await gateway.call("POST", "/api/models", {"name": "tiny-2", "path": "tiny"}, key=key)
+    ).status == 201
+
+
 async def test_every_route_refuses_a_request_without_a_key(gateway: Gateway) -> None:
     checked = 0
     for spec in gateway.specs:
@@ -91,7 +115,7 @@ async def test_public_routes_are_exactly_these(gateway: Gateway) -> None:
     public = {spec.path for spec in gateway.specs if spec.scope == PUBLIC}
     assert public == {
         "/", "/livez", "/readyz", "/openapi.json", "/console", "/console/console.css", "/console/console.js",
-        "/console/api.js",
+        "/console/api.js", "/console/icon.svg",
     }  # fmt: skip
 
 
@@ -435,7 +459,7 @@ async def test_the_console_runs_no_foreign_script(gateway: Gateway) -> None:
     policy = page.headers["content-security-policy"]
     assert "script-src 'self'" in policy and "unsafe" not in policy
     assert b"<script>" not in page.body and b" onclick=" not in page.body and b" style=" not in page.body
-    for name in ("console.css", "console.js", "api.js"):
+    for name in ("console.css", "console.js", "api.js", "icon.svg"):
         assert (await gateway.call("GET", f"/console/{name}", key=None)).status == 200
     assert (await gateway.call("GET", "/console/../settings.py", key=None)).status == 404
 

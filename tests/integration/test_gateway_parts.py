@@ -1,11 +1,9 @@
-"""The gateway's parts that hold on to a server: rate limit (Redis), outbox and route table (PostgreSQL, RabbitMQ)."""
+"""The gateway's parts that hold on to PostgreSQL and RabbitMQ: outbox and route table."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 
 from services.gateway.errors import ApiError
 from services.gateway.principal import Principal
-from services.gateway.rate_limit import RateLimiter, RateRule
 from shared import topology
 from shared.broker import Broker, Delivery
 from shared.messages import JobVoided, UsageEvent
@@ -24,72 +21,9 @@ from tests.model_folders import make_folder
 
 
 @pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as held:
-        yield held
-
-
-@pytest.fixture
 async def gateway(database: str, vhost: Vhost, tmp_path: Path) -> AsyncIterator[Gateway]:
     async with running_gateway(database, vhost.amqp_url, tmp_path) as running:
         yield running
-
-
-# ---- rate limit
-
-
-async def test_two_gateways_share_a_teams_rate_and_teams_do_not(redis_db: str, stack: AsyncExitStack) -> None:
-    rule = RateRule(requests_per_s=1.0, burst=5)
-    first, second = RateLimiter(redis_db, rule, stack), RateLimiter(redis_db, rule, stack)
-    rates = [await limiter.take("team_a") for limiter in (first, second) * 3]
-    assert [rate.allowed for rate in rates] == [True] * 5 + [False]
-    assert [rate.remaining for rate in rates] == [4, 3, 2, 1, 0, 0]
-    assert 0 < rates[-1].retry_after_s <= 1.0
-    assert (await second.take("team_b")).allowed
-    assert first.redis_answers and second.redis_answers
-
-
-async def test_the_shared_rate_refills(redis_db: str, stack: AsyncExitStack) -> None:
-    limiter = RateLimiter(redis_db, RateRule(requests_per_s=10.0, burst=1), stack)
-    assert (await limiter.take("team_a")).allowed
-    refused = await limiter.take("team_a")
-    assert not refused.allowed
-    await asyncio.sleep(refused.retry_after_s + 0.02)
-    assert (await limiter.take("team_a")).allowed
-
-
-async def test_a_burst_of_requests_is_counted_in_redis_to_the_last(
-    redis_db: str, stack: AsyncExitStack
-) -> None:
-    limiter = RateLimiter(redis_db, RateRule(requests_per_s=0.01, burst=40), stack)
-    await limiter.take("team_b")  # connects
-    rates = await asyncio.gather(*(limiter.take("team_a") for _ in range(100)))
-    assert limiter.redis_answers
-    assert sum(rate.allowed for rate in rates) == 40
-
-
-async def test_without_redis_the_rate_is_counted_here_and_nobody_waits(stack: AsyncExitStack) -> None:
-    limiter = RateLimiter("redis://127.0.0.1:1/0", RateRule(requests_per_s=1.0, burst=3), stack)
-    started_s = time.monotonic()
-    rates = [await limiter.take("team_a") for _ in range(5)]
-    assert time.monotonic() - started_s < 0.5
-    assert [rate.allowed for rate in rates] == [True] * 3 + [False] * 2
-    assert not limiter.redis_answers
-    assert 0 < rates[-1].retry_after_s <= 1.0
-
-
-async def test_a_frozen_redis_costs_its_budget_once(stack: AsyncExitStack) -> None:
-    async def accept_and_say_nothing(_reader: Any, _writer: Any) -> None:
-        await asyncio.sleep(60)
-
-    silent = await asyncio.start_server(accept_and_say_nothing, "127.0.0.1", 0)
-    port = silent.sockets[0].getsockname()[1]
-    limiter = RateLimiter(f"redis://127.0.0.1:{port}/0", RateRule(100.0, 100), stack)
-    started_s = time.monotonic()
-    for _ in range(20):
-        assert (await limiter.take("team_a")).allowed
-    assert time.monotonic() - started_s < 0.3
-    silent.close()
 
 
 # ---- outbox

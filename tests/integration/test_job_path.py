@@ -266,7 +266,7 @@ async def test_a_finish_is_reported_to_billing_when_its_worker_died_before_it_co
         finished = JobFinished(
             job_id=job.job_id, attempt=1, worker_id="wrk_dying", outcome="succeeded", choices=[result]
         )
-        await broker.publish(path.owner.queue, finished, persistent=False)
+        await broker.publish(path.owner.queue, finished)
         text, _, end = await asyncio.wait_for(read(stream), 10)
         assert (text, end.outcome) == ("abc", "succeeded")
     path.worker()

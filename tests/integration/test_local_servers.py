@@ -20,9 +20,10 @@ from infra.local.failures import SetupFailed
 from infra.local.layout import Layout
 from infra.local.leftovers import find_processes
 from infra.local.ports import load_ports
-from infra.local.probes import HttpProbe
+from infra.local.probes import EpmdProbe, HttpProbe
 from infra.local.processes import Addresses
 from infra.local.state import read_report
+from infra.local.supervisor import log_path
 from infra.local.up import ensure_running, stop
 
 pytestmark = pytest.mark.timeout(240)
@@ -109,6 +110,16 @@ async def test_two_clones_run_side_by_side_and_keep_their_data(layouts: list[Lay
 
     # And when it starts again it has its data
     assert await read_trace(await asyncio.to_thread(start, layouts[0])) == {"one"}
+
+
+async def test_epmd_is_asked_in_its_own_language(layouts: list[Layout]) -> None:
+    await asyncio.to_thread(start, layouts[0])
+    ports = load_ports(layouts[0])
+    assert ports is not None
+    assert await EpmdProbe(ports.epmd)() is None
+    assert await EpmdProbe(ports.redis)() == f"port {ports.redis}: no answer"
+    # It would complain of every connection that asks nothing, one line each five seconds
+    assert log_path(layouts[0], "epmd").read_text() == ""
 
 
 async def test_servers_refuse_strangers(layouts: list[Layout]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,9 +18,9 @@ import pytest
 
 from infra.local.layout import ROOT, Layout
 from infra.local.leftovers import end_processes, find_processes, still_there
-from infra.local.probes import TcpProbe
+from infra.local.probes import EpmdProbe
 from infra.local.process_spec import ProcessSpec
-from infra.local.state import AlreadyLocked, read_report
+from infra.local.state import AlreadyLocked, exclusive_lock, read_report
 from infra.local.supervisor import Supervisor, rotate_if_long
 
 LIMIT_S = 20.0
@@ -101,7 +102,7 @@ async def test_a_process_that_keeps_dying_is_started_ever_more_slowly_and_its_la
     layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with running(
-        layout, make_spec("doomed", "import sys; sys.exit('no such thing')", ready=TcpProbe(1))
+        layout, make_spec("doomed", "import sys; sys.exit('no such thing')", ready=EpmdProbe(1))
     ) as supervisor:
         await until(lambda: supervisor.processes["doomed"].report().failures_in_a_row == 3)
         report = supervisor.processes["doomed"].report()
@@ -156,13 +157,13 @@ async def test_a_process_that_ignores_its_signal_is_killed_after_its_deadline(la
 
 
 async def test_one_that_never_becomes_ready_is_killed_and_started_again(layout: Layout) -> None:
-    spec = make_spec("mute", "import time; time.sleep(600)", ready=TcpProbe(1), ready_timeout_s=0.3)
+    spec = make_spec("mute", "import time; time.sleep(600)", ready=EpmdProbe(1), ready_timeout_s=0.3)
     async with running(layout, spec) as supervisor:
         await until(lambda: supervisor.processes["mute"].report().starts == 2)
 
 
 async def test_stopping_does_not_wait_for_a_back_off_or_a_dependency(layout: Layout) -> None:
-    doomed = make_spec("doomed", "import sys; sys.exit(1)", ready=TcpProbe(1))
+    doomed = make_spec("doomed", "import sys; sys.exit(1)", ready=EpmdProbe(1))
     waiting = make_spec("waiting", "import time; time.sleep(600)", depends_on=("doomed",))
     async with running(layout, doomed, waiting) as supervisor:
         await until(lambda: supervisor.processes["doomed"].report().failures_in_a_row >= 4)
@@ -270,3 +271,20 @@ def test_an_over_long_log_is_moved_aside_under_its_writer(tmp_path: Path) -> Non
     assert path.read_bytes() == b"new\n"
     older = (tmp_path / "x.log.1").read_bytes()
     assert older.endswith(b"tail\n") and len(older) == 40
+
+
+def test_a_second_holder_of_a_lock_may_wait_for_the_first(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", list[str]()
+    waiting = threading.Event()
+
+    def second() -> None:
+        with exclusive_lock(path, before_waiting=waiting.set):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with exclusive_lock(path):
+        thread.start()
+        assert waiting.wait(5)
+        order.append("first")
+    thread.join(5)
+    assert order == ["first", "second"]

@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from services.scheduler import desired
 from services.scheduler.actions import (
     Action,
     EndInterval,
@@ -220,6 +221,24 @@ async def test_a_leader_that_freezes_in_the_middle_of_a_write_holds_up_its_succe
     assert row is not None and row["reason"] == ""
 
 
+async def test_a_team_has_a_bounded_number_of_resources_and_others_are_not_touched_by_it(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desired, "RESOURCES_PER_TEAM", 2)
+    first = await tables.resource("r1")
+    option_id = await tables.option("shared")
+    fields: dict[str, Any] = {"model_type": "tiny", "fixed_count": 1, "option_id": option_id}
+    # Two at once for one place
+    results = await asyncio.gather(
+        *(tables.run(CreateResource, team_id="t1", name=name, **fields) for name in ("r2", "r3"))
+    )
+    assert sorted(result.code for result in results) == ["ok", "too_many_resources"]
+    assert len(tables.declared) == 2, "a refused resource has queues"
+    assert (await tables.run(CreateResource, team_id="t2", name="r1", **fields)).ok
+    assert (await tables.run(DeleteResource, team_id="t1", resource_id=first)).ok
+    assert (await tables.run(CreateResource, team_id="t1", name="r4", **fields)).ok
+
+
 async def test_the_database_itself_bounds_the_places(tables: Tables) -> None:
     resource_id = await tables.resource(count=1)
     await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
@@ -369,6 +388,28 @@ async def test_a_resource_is_deleted_only_when_it_is_off_and_its_name_is_free_ag
     await tables.resource("r1", option_id=option_id)
     owners = await tables.store.job_queue_owners()
     assert sorted(deleted for _, deleted in owners.values()) == [False, True]
+
+
+async def test_hosts_and_dead_jobs_are_forgotten_in_the_end_and_dead_facts_about_money_never(
+    tables: Tables,
+) -> None:
+    await tables.live()
+    async with tables.database.transaction() as connection:
+        await connection.execute(
+            """INSERT INTO scheduler.nodes (node_id, agent_id, devices, reported_at)
+               VALUES ('gone', 'a', '[]', now() - interval '8 days'), ('here', 'b', '[]', now())"""
+        )
+        await connection.execute(
+            """INSERT INTO scheduler.dead_letters (queue, reason, message_type, body, received_at)
+               VALUES ('q', 'old job', 't', NULL, now() - interval '31 days'),
+                      ('q', 'new job', 't', NULL, now() - interval '29 days'),
+                      ('q', 'old fact', 't', 'x', now() - interval '300 days')"""
+        )
+    await tables.store.prune()
+    nodes = await tables.database.fetch("SELECT node_id FROM scheduler.nodes")
+    letters = await tables.database.fetch("SELECT reason FROM scheduler.dead_letters ORDER BY reason")
+    assert "gone" not in [row["node_id"] for row in nodes] and "here" in [row["node_id"] for row in nodes]
+    assert [row["reason"] for row in letters] == ["new job", "old fact"]
 
 
 async def test_old_rows_are_pruned_in_batches_and_new_ones_stay(tables: Tables) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infra.local.failures import SetupFailed
 from infra.local.layout import write_private
-from infra.local.probes import HttpProbe, TcpProbe
+from infra.local.probes import EpmdProbe, HttpProbe
 from infra.local.process_spec import ProcessSpec
 
 SERVER = Path(
@@ -117,7 +117,7 @@ class PrivateRabbit:
             name="epmd",
             command=("epmd", "-address", "127.0.0.1", "-port", str(self.epmd_port)),
             env=erlang_env,
-            ready=TcpProbe(self.epmd_port),
+            ready=EpmdProbe(self.epmd_port),
             ready_timeout_s=15.0,
         )
         rabbitmq = ProcessSpec(

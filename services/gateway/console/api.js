@@ -1,6 +1,7 @@
 // Calls of the HTTP API. The key lives in this tab's session storage only, and goes nowhere but into the header.
 
 const KEY = "roundhouse-key";
+const ANSWER_LIMIT_MS = 15000;
 
 export const getKey = () => sessionStorage.getItem(KEY);
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
@@ -14,16 +15,16 @@ export class Refused extends Error {
   }
 }
 
-async function send(method, path, body, signal) {
+async function send(method, path, body, signal = AbortSignal.timeout(ANSWER_LIMIT_MS)) {
   const headers = { Authorization: `Bearer ${getKey()}` };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const answer = await fetch(path, {
     method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body),
   });
   if (answer.ok) return answer;
-  const problem = await answer.json().catch(() => ({}));
-  const error = problem.error ?? problem;
-  throw new Refused(answer.status, error.code ?? "unknown", error.message ?? error.detail ?? answer.statusText);
+  const problem = await answer.json().catch(() => null);
+  const error = problem?.error ?? problem;
+  throw new Refused(answer.status, error?.code ?? "unknown", error?.message ?? error?.detail ?? answer.statusText);
 }
 
 export async function get(path) {
@@ -43,28 +44,35 @@ export async function list(path) {
   return found;
 }
 
-export async function post(path) {
-  return (await send("POST", path)).json();
+export async function post(path, body) {
+  return (await send("POST", path, body)).json();
 }
 
-// Yields the texts of a streamed chat answer as they come.
+export async function remove(path) {
+  await send("DELETE", path);
+}
+
+// Yields the chunks of a streamed chat answer as they come; the last one carries the usage.
 export async function* chat(model, message, signal) {
-  const body = { model, stream: true, max_tokens: 256, temperature: 0.7, messages: [{ role: "user", content: message }] };
+  const body = {
+    model, stream: true, stream_options: { include_usage: true }, max_tokens: 256, temperature: 0.7,
+    messages: [{ role: "user", content: message }],
+  };
   const answer = await send("POST", "/v1/chat/completions", body, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new Refused(0, "stream_ended", "The answer was broken off.");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
       const data = event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
-      if (data === "" || data === "[DONE]") continue;
+      if (data === "[DONE]") return;
+      if (data === "") continue;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Refused(500, chunk.error.code, chunk.error.message);
-      const text = chunk.choices?.[0]?.delta?.content;
-      if (text) yield text;
+      if (chunk.error) throw new Refused(0, chunk.error.code, chunk.error.message);
+      yield chunk;
     }
   }
 }

@@ -1,11 +1,14 @@
 // The console: what the team has, on and off, and a playground. All text goes in by textContent, never as markup.
 
-import { Refused, chat, forgetKey, get, getKey, list, post, setKey } from "./api.js";
+import { Refused, chat, forgetKey, get, getKey, list, post, remove, setKey } from "./api.js";
 
 const REFRESH_MS = 3000;
+const USAGE_EVERY = 5; // refreshes
 const byId = (id) => document.getElementById(id);
-let refreshing = null;
+const count = (value) => value.toLocaleString("en-US");
+let session = null; // a new object for every sign-in: what answers to an old one is dropped
 let running = null;
+let typeOfOption = new Map();
 
 function make(tag, { text, className, ...attributes } = {}, ...children) {
   const element = document.createElement(tag);
@@ -16,143 +19,240 @@ function make(tag, { text, className, ...attributes } = {}, ...children) {
   return element;
 }
 
-function show(notice) {
-  byId("notice").textContent = notice ?? "";
-  byId("notice").hidden = !notice;
+function show(id, words) {
+  byId(id).textContent = words ?? "";
+  byId(id).hidden = !words;
 }
 
-function explain(error) {
-  if (error.name === "AbortError") return;
-  if (error instanceof Refused && error.status === 401) {
-    signOut();
-    show("This key is not valid.");
-    return;
+function wordsOf(error) {
+  if (error instanceof Refused) return `${error.message} (${error.code})`;
+  return "Roundhouse cannot be reached. Trying again…";
+}
+
+// ---- lists: a row is built anew only when its data changed, so that focus and open details stay
+
+const shown = new Map();
+
+function fill(id, items, build, emptyWords) {
+  const before = shown.get(id) ?? new Map();
+  const rows = new Map(items.map((item) => {
+    const data = JSON.stringify(item);
+    return [data, before.get(data) ?? build(item)];
+  }));
+  if (shown.has(id) && [...rows.keys()].join("\n") === [...before.keys()].join("\n")) return;
+  shown.set(id, rows);
+  byId(id).replaceChildren(...(rows.size > 0 ? rows.values() : [emptyWords()]));
+}
+
+function fillSelect(id, choices) {
+  const select = byId(id);
+  const chosen = select.value;
+  fill(id, choices, ([value, text]) => make("option", { text, value }), () => make("option", { text: "none yet", value: "" }));
+  if (choices.some(([value]) => value === chosen)) select.value = chosen;
+}
+
+const nothing = (words) => () => make("li", { text: words, className: "quiet" });
+
+function button(text, act) {
+  const element = make("button", { text, type: "button" });
+  element.addEventListener("click", async () => {
+    element.disabled = true;
+    await attempt(act);
+    element.disabled = false;
+  });
+  return element;
+}
+
+async function attempt(act) {
+  const mine = session;
+  try {
+    await act();
+    await refresh(mine);
+    show("notice", null);
+    return true;
+  } catch (error) {
+    explain(error, mine);
+    return false;
   }
-  show(error instanceof Refused ? `${error.message} (${error.code})` : "Roundhouse cannot be reached.");
 }
 
 function resourceCard(resource) {
+  const path = `/api/resources/${resource.resource_id}`;
   const isOn = resource.wanted === "on";
   const dot = make("span", { className: `dot ${resource.indicator}`, role: "img", "aria-label": resource.indicator });
-  const button = make("button", { text: isOn ? "Turn off" : "Turn on", type: "button" });
-  button.addEventListener("click", async () => {
-    button.disabled = true;
-    try {
-      await post(`/api/resources/${resource.resource_id}/${isOn ? "off" : "on"}`);
-      await refresh();
-    } catch (error) {
-      explain(error);
-      button.disabled = false;
-    }
-  });
+  const actions = make("div", { className: "row pushed" });
+  if (!isOn && resource.state === "off") {
+    actions.append(button("Remove", async () => {
+      if (confirm(`Remove the resource “${resource.name}”?`)) await remove(path);
+    }));
+  }
+  actions.append(button(isOn ? "Turn off" : "Turn on", () => post(`${path}/${isOn ? "off" : "on"}`)));
   const details = [resource.model_type, resource.option.name, `${resource.live_gpus} of ${resource.gpus} GPUs live`,
-    `${resource.option.hourly_rate_usd} USD/h each`].join(" · ");
-  const card = make("li", {}, make("div", { className: "row" }, dot, make("strong", { text: resource.name }),
-    make("span", { text: resource.state }), make("span", { text: details, className: "quiet" }), button));
+    `${resource.option.hourly_rate_usd} USD per GPU and hour`].join(" · ");
+  const row = make("div", { className: "row" }, dot, make("strong", { text: resource.name }),
+    make("span", { text: resource.state }), actions);
+  const card = make("li", {}, row, make("div", { text: details, className: "quiet" }));
   if (resource.reason) card.append(make("div", { text: resource.reason, className: "quiet" }));
   return card;
 }
 
 function modelCard(model) {
-  return make("li", {}, make("div", { className: "row" }, make("strong", { text: model.name }),
-    make("span", { text: model.model_type, className: "quiet" })),
-  make("details", {}, make("summary", { text: model.url }), make("pre", { text: model.snippet })));
+  const copy = make("button", { text: "Copy", type: "button" });
+  copy.addEventListener("click", async () => {
+    // Browsers give the clipboard to https and to this machine only.
+    const copied = await navigator.clipboard?.writeText(model.snippet).then(() => true, () => false);
+    copy.textContent = copied ? "Copied" : "Select it and copy by hand";
+  });
+  return make("li", {}, make("div", { className: "row spread" }, make("strong", { text: model.name }),
+    make("span", { text: `${model.model_type} · revision ${model.revision}`, className: "quiet" })),
+  make("details", {}, make("summary", { text: model.url }), make("pre", { text: model.snippet }), copy));
 }
 
 function usageRow(row) {
-  const cells = [row.group ?? "(resources)", row.requests, row.prompt_tokens, row.completion_tokens, row.tokens_usd,
-    row.minutes, row.minutes_usd];
-  return make("tr", {}, ...cells.map((cell) => make("td", { text: String(cell) })));
+  const cells = [row.group ?? "(resources)", count(row.requests), count(row.prompt_tokens), count(row.completion_tokens),
+    row.tokens_usd, count(row.minutes), row.minutes_usd];
+  return make("tr", {}, ...cells.map((text) => make("td", { text })));
 }
 
-function fillModels(models) {
-  const select = byId("model");
-  const names = models.map((model) => model.id);
-  if (names.join("\n") === [...select.options].map((option) => option.value).join("\n")) return;
-  const chosen = select.value;
-  select.replaceChildren(...names.map((name) => make("option", { text: name, value: name })));
-  if (names.includes(chosen)) select.value = chosen;
-}
+// ---- what is there now
 
-async function refresh() {
-  const [resources, models, usable, usage] = await Promise.all([
-    list("/api/resources"), list("/api/models"), get("/v1/models"), get("/api/usage?group_by=model"),
+async function refresh(mine) {
+  const [resources, models, usable, options] = await Promise.all([
+    list("/api/resources"), list("/api/models"), get("/v1/models"), list("/api/options"),
   ]);
-  byId("resources").replaceChildren(...resources.map(resourceCard));
-  // Cards with an open snippet stay as they are.
-  if (byId("models").querySelector("details[open]") === null) {
-    byId("models").replaceChildren(...models.map(modelCard));
+  const withUsage = mine.refreshes++ % USAGE_EVERY === 0;
+  const usage = withUsage ? await get("/api/usage?group_by=model") : null;
+  const team = withUsage ? await get("/api/team") : null;
+  if (mine !== session) return;
+  fill("resources", resources, resourceCard, nothing("No resources yet."));
+  fill("models", models, modelCard, nothing("No models yet."));
+  fillSelect("model", usable.data.map((model) => [model.id, model.id]));
+  typeOfOption = new Map(options.map((option) => [option.option_id, option.model_type]));
+  fillSelect("resource-option", options.map((option) => [option.option_id,
+    `${option.model_type} · ${option.name} on ${option.device_kind} · ${option.hourly_rate_usd} USD/h`]));
+  if (withUsage) {
+    const noRows = () => make("tr", {}, make("td", { text: "Nothing yet.", colspan: "7" }));
+    fill("usage", usage.data, usageRow, noRows);
+    byId("balance").textContent = `Balance: ${usage.balance_usd} USD`;
+    byId("team").textContent = team.name;
   }
-  byId("usage").replaceChildren(...usage.data.map(usageRow));
-  byId("balance").textContent = `Balance: ${usage.balance_usd} USD`;
-  fillModels(usable.data);
 }
 
-async function keepFresh() {
-  try {
-    if (!document.hidden) {
-      await refresh();
-      show(null);
+async function keepFresh(mine) {
+  while (mine === session) {
+    try {
+      if (!document.hidden) {
+        await refresh(mine);
+        if (mine !== session) return;
+        enter();
+        if (mine.isAway) show("notice", null);
+        mine.isAway = false;
+      }
+    } catch (error) {
+      mine.isAway = true;
+      explain(error, mine);
     }
-  } catch (error) {
-    explain(error);
+    await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
   }
-  if (getKey()) refreshing = setTimeout(keepFresh, REFRESH_MS);
 }
 
-async function signIn() {
-  try {
-    await refresh();
-  } catch (error) {
-    signOut();
-    explain(error);
-    return;
-  }
-  show(null);
+function explain(error, mine) {
+  if (mine !== session) return;
+  const words = error instanceof Refused && error.status === 401 ? "This key is not valid." : wordsOf(error);
+  const mayNotManage = error instanceof Refused && error.status === 403 && byId("sign-in").hidden === false;
+  if (error.status === 401 || mayNotManage) signOut();
+  show("notice", words);
+}
+
+// ---- in and out
+
+function signIn() {
+  session = { refreshes: 0, isAway: false };
+  keepFresh(session);
+}
+
+function enter() {
+  if (byId("sign-in").hidden) return;
+  show("notice", null);
   byId("key").value = "";
-  byId("key").hidden = true;
-  byId("sign-out").hidden = false;
+  byId("sign-in").hidden = true;
+  byId("signed-in").hidden = false;
   document.querySelector("main").hidden = false;
-  refreshing = setTimeout(keepFresh, REFRESH_MS);
 }
 
 function signOut() {
-  clearTimeout(refreshing);
+  session = null;
   running?.abort();
   forgetKey();
-  for (const id of ["resources", "models", "usage", "answer", "balance", "model"]) byId(id).replaceChildren();
+  shown.clear();
+  for (const id of ["resources", "models", "usage", "model", "resource-option"]) byId(id).replaceChildren();
+  for (const id of ["answer", "balance", "team", "measured"]) byId(id).textContent = "";
+  for (const id of ["answer", "refused", "notice", "signed-in"]) byId(id).hidden = true;
   document.querySelector("main").hidden = true;
-  byId("key").hidden = false;
-  byId("sign-out").hidden = true;
-  show(null);
+  byId("sign-in").hidden = false;
+  byId("key").focus();
 }
+
+// ---- playground
 
 async function send(event) {
   event.preventDefault();
+  if (running) return;
   running = new AbortController();
   byId("send").disabled = true;
   byId("stop").hidden = false;
-  byId("answer").textContent = "";
-  show(null);
+  byId("answer").hidden = false;
+  for (const id of ["answer", "measured"]) byId(id).textContent = "";
+  show("refused", null);
+  const startedMs = performance.now();
+  let firstMs = null;
   try {
-    for await (const text of chat(byId("model").value, byId("message").value, running.signal)) {
-      byId("answer").append(text);
+    for await (const chunk of chat(byId("model").value, byId("message").value, running.signal)) {
+      const text = chunk.choices[0]?.delta?.content;
+      if (text) {
+        firstMs ??= performance.now();
+        byId("answer").append(text);
+      }
+      if (chunk.usage) {
+        const seconds = (ms) => (ms / 1000).toFixed(2);
+        byId("measured").textContent = `${chunk.usage.completion_tokens} tokens · first after ${
+          seconds((firstMs ?? performance.now()) - startedMs)} s · ${seconds(performance.now() - startedMs)} s in all`;
+      }
     }
   } catch (error) {
-    explain(error);
+    if (error.name !== "AbortError") show("refused", error instanceof Refused ? wordsOf(error) : "The connection was lost.");
   } finally {
     running = null;
     byId("send").disabled = false;
     byId("stop").hidden = true;
+    byId("answer").hidden = byId("answer").textContent === "";
   }
 }
 
 byId("sign-in").addEventListener("submit", (event) => {
   event.preventDefault();
+  show("notice", null);
   setKey(byId("key").value.trim());
   signIn();
 });
 byId("sign-out").addEventListener("click", signOut);
 byId("playground").addEventListener("submit", send);
+byId("message").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("playground").requestSubmit();
+});
 byId("stop").addEventListener("click", () => running?.abort());
+byId("add-resource").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const options = byId("resource-option");
+  const body = {
+    name: byId("resource-name").value,
+    model_type: typeOfOption.get(options.value),
+    option: options.value,
+    gpus: byId("resource-gpus").valueAsNumber,
+  };
+  if (await attempt(() => post("/api/resources", body))) {
+    byId("add-resource").reset();
+    byId("add").open = false;
+  }
+});
 if (getKey()) signIn();

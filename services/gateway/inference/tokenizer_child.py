@@ -19,6 +19,7 @@ from services.gateway.inference.tokenizer_protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
     MODEL_UNREADABLE,
+    TOKENIZER_FAILED,
     Answer,
     AnyQuestion,
     Decode,
@@ -49,6 +50,10 @@ class Child:
             return self._answer(question)
         except TokenizationRefused as refusal:
             return Refused(refusal.code, refusal.message)
+        except BaseException as error:
+            if not _is_the_librarys_own(error):
+                raise
+            return Refused(MODEL_UNREADABLE if isinstance(question, Load) else TOKENIZER_FAILED, "it failed")
 
     def _answer(self, question: AnyQuestion) -> Answer:
         match question:
@@ -75,6 +80,14 @@ class Child:
         if not path.is_relative_to(self._store) or not path.is_dir():
             raise TokenizationRefused(MODEL_UNREADABLE, "no such folder in the model store")
         return path
+
+
+def _is_the_librarys_own(error: BaseException) -> bool:
+    """Whether `tokenizers` itself gave up: a bare Exception, or a panic, e.g. a regular expression that ran too long.
+
+    It would do so again with the same text, so the client must hear a refusal and not "try again".
+    """
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def serve(child: Child, source: BinaryIO, sink: BinaryIO, cpu_s: int) -> None:

@@ -15,6 +15,7 @@ MODEL_UNREADABLE = "model_unreadable"
 NO_CHAT_TEMPLATE = "no_chat_template"
 TEMPLATE_REFUSED = "template_refused"
 CONTROL_TOKEN = "control_token"
+TOKENIZER_FAILED = "tokenizer_failed"
 
 
 class Question(msgspec.Struct, frozen=True, tag_field="op"):

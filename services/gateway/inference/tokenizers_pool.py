@@ -24,6 +24,7 @@ from services.gateway.inference.tokenizer_protocol import (
     MAX_FRAME_BYTES,
     NO_CHAT_TEMPLATE,
     TEMPLATE_REFUSED,
+    TOKENIZER_FAILED,
     Answer,
     AnyQuestion,
     Decode,
@@ -292,6 +293,8 @@ def _refusal(refused: Refused, param: str) -> ApiError:
         return bad_request(
             "invalid_messages", f"The model's chat template refused the messages: {refused.message}", param
         )
+    if refused.code == TOKENIZER_FAILED:
+        return bad_request("prompt_too_complex", f"The model's tokenizer cannot read the {param}.", param)
     if refused.code == CONTROL_TOKEN:
         return bad_request("invalid_value", f"{param} cannot be encoded as text: {refused.message}.", param)
     log.error("tokenizer_unreadable", code=refused.code, error=refused.message)

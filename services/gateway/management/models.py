@@ -27,7 +27,7 @@ from services.gateway.management.bodies import RegisterModel, parse
 from services.gateway.management.idempotency import idempotent
 from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
-from services.gateway.store import NameTaken, NewModel
+from services.gateway.store import MODELS_PER_TEAM, LimitReached, NameTaken, NewModel
 from shared.ids import new_id
 from shared.model_folder import ModelManifest
 
@@ -123,6 +123,9 @@ class Models:
             kept = True
         except NameTaken as error:
             raise _name_taken() from error
+        except LimitReached as error:
+            message = f"A team may have {MODELS_PER_TEAM} models; delete one first."
+            raise ApiError(409, "too_many_models", message) from error
         finally:
             if not kept:
                 await self._importer.remove(model_id)

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from services.worker.agent.devices import Device, find_devices, gpus_in, parse_devices
-from services.worker.agent.launch import remove_old_logs, worker_environment
+from services.worker.agent.launch import remove_old_logs, shorten_logs, worker_environment
 from services.worker.agent.settings import AgentSettings
 from services.worker.agent.state_file import AgentLocked, AgentState, hold_lock, load_state, save_state
 from shared.messages import WorkerSpec
@@ -102,6 +102,21 @@ def test_two_agents_of_one_node_do_not_run_together(tmp_path: Path, monkeypatch:
         hold_lock(path)
     os.close(held)
     os.close(hold_lock(path))
+
+
+def test_a_long_log_keeps_its_last_whole_lines_and_its_writer_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "short.log").write_bytes(b"short\n" * 10)
+    with open(tmp_path / "long.log", "ab", buffering=0) as writer:
+        writer.writelines(b"line %04d\n" % number for number in range(1000))
+        assert shorten_logs(tmp_path, limit_bytes=1000) == 1
+        writer.write(b"after\n")
+    lines = (tmp_path / "long.log").read_bytes().splitlines()
+    assert lines[-2:] == [b"line 0999", b"after"]
+    assert lines == [b"line %04d" % number for number in range(1001 - len(lines), 1000)] + [b"after"]
+    assert 400 < (tmp_path / "long.log").stat().st_size <= 510
+    assert (tmp_path / "short.log").read_bytes() == b"short\n" * 10
+    assert shorten_logs(tmp_path, limit_bytes=1000) == 0
+    assert shorten_logs(tmp_path / "missing") == 0
 
 
 GOOD = {"AMQP_URL": "amqp://x", "OPS_PORT": "0", "ROUNDHOUSE_NODE_ID": "n1", "ROUNDHOUSE_HOME": "/h"}

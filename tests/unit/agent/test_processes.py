@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from services.worker.agent.processes import Held, find_workers, hold, kill_rest, spawn, start_ticks
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -70,6 +72,22 @@ def test_a_zombie_is_gone(tmp_path: Path) -> None:
     assert hold(held.pid, ticks) is None
     assert held.reap() == 0
     held.close()
+
+
+def test_a_worker_that_could_not_be_watched_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptor_left(_pid: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    started = tmp_path / "started"
+    program = [sys.executable, "-c", f"open({str(started)!r}, 'w').close(); import time; time.sleep(60)"]
+    monkeypatch.setattr(os, "pidfd_open", no_descriptor_left)
+    with pytest.raises(OSError, match="Too many open files"):
+        spawn(program, environment(tmp_path), None)
+    assert find_workers("n1", str(tmp_path)) == []
+    time.sleep(0.3)
+    assert not started.exists()
 
 
 def test_what_a_dead_worker_left_behind_is_killed(tmp_path: Path) -> None:

@@ -96,6 +96,16 @@ def test_a_first_run_makes_everything_and_a_second_one_makes_nothing(gateway: Re
     assert gateway.writes == []
 
 
+def test_on_gpus_the_demo_has_only_what_runs_there(gateway: RecordingApi) -> None:
+    ensure_demo(PLATFORM, "", FOLDERS, "cuda")
+    options = {(item["name"], item["device_kind"]) for item in gateway.items["/api/options"]}
+    assert options == {("bf16", "cuda")}
+    assert {item["name"]: item["option"] for item in gateway.items["/api/resources"]} == {
+        "demo": "bf16",
+        "smollm2 pool": "bf16",
+    }
+
+
 def test_a_revoked_demo_key_is_replaced(gateway: RecordingApi) -> None:
     first = ensure_demo(PLATFORM, "", FOLDERS, "cpu")
     gateway.valid_keys.clear()

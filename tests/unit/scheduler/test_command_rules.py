@@ -63,6 +63,15 @@ def test_a_bad_value_of_an_option_is_named(field: str, value: Any) -> None:
     assert problem is not None and problem.startswith(field)
 
 
+def test_an_option_that_no_worker_could_serve_is_refused() -> None:
+    fields = OPTION | {"device_kind": "cuda", "precision": "int8"}
+    problem = problem_of(CreateOption(**fields))  # type: ignore[arg-type]
+    assert problem == "precision int8 does not run on cuda yet"
+    for device_kind, precision in (("cuda", "bf16"), ("cuda", "fp32"), ("cpu", "int8")):
+        fields = OPTION | {"device_kind": device_kind, "precision": precision}
+        assert problem_of(CreateOption(**fields)) is None  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from services.scheduler.fleet import FORGET_WORKER_S, LONGEST_BREAK_S, Fleet, ReportDelays, Watch
-from shared.messages import WorkerPhase, WorkerReport
+from services.scheduler.fleet import (
+    FORGET_NODE_S,
+    FORGET_WORKER_S,
+    LONGEST_BREAK_S,
+    Fleet,
+    ReportDelays,
+    Watch,
+)
+from shared.messages import NodeReport, WorkerPhase, WorkerReport
 
 
 def make_report(phase: WorkerPhase = "ready", sent_unix_s: float = 100.0) -> WorkerReport:
@@ -58,6 +65,19 @@ def test_the_silent_are_forgotten_in_the_end() -> None:
     assert "i" in fleet.workers
     fleet.forget_old(5.1 + FORGET_WORKER_S)
     assert fleet.workers == {}
+
+
+def test_an_agent_that_was_started_again_leaves_nothing_of_the_one_before() -> None:
+    fleet = Fleet()
+    for number in range(5):
+        report = NodeReport(
+            node_id="n", agent_id=f"agent_{number}", sent_unix_ms=100_000, devices=[], processes=[]
+        )
+        fleet.hear(report, now_unix_s=100 + number, now_s=5 + number)
+    assert len(fleet.nodes) == 1
+    assert len(fleet._delays) == 1
+    fleet.forget_old(10 + FORGET_NODE_S)
+    assert (fleet.nodes, len(fleet._delays)) == ({}, 0)
 
 
 def test_a_break_of_its_own_begins_the_watch_anew() -> None:

@@ -124,7 +124,7 @@ def test_a_place_that_became_free_in_this_look_is_granted_at_the_next_when_its_e
 def test_the_victims_are_those_that_serve_least(
     places: list[PlaceView], count: int, victims: list[int]
 ) -> None:
-    assert [p.place for p in choose_victims(make_view(*places), places, count)] == victims
+    assert [p.place for p in choose_victims(places, count)] == victims
 
 
 def test_the_surplus_drains_when_the_count_is_lowered_and_is_told_at_the_next_look() -> None:

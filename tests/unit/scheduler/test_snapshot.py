@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.scheduler.actions import GrantPlace
+from services.scheduler import snapshot
+from services.scheduler.actions import Action, GrantPlace
+from services.scheduler.reconcile import reconcile
 from services.scheduler.snapshot import (
     Heard,
     Memory,
@@ -17,7 +19,8 @@ from services.scheduler.snapshot import (
     free_devices,
     stray_stops,
 )
-from services.scheduler.views import Limits
+from services.scheduler.states import IllegalTransition
+from services.scheduler.views import Limits, ResourceView
 from shared.messages import NodeDevice, NodeProcess, NodeReport
 from tests.unit.scheduler.builders import NOW
 from tests.unit.scheduler.test_simulation import make_row
@@ -133,3 +136,19 @@ def test_a_running_process_without_a_place_is_stopped_and_not_at_every_look() ->
 
 def test_text_from_other_processes_is_made_storable() -> None:
     assert clean("a\x00b\ud800c\n" + "x" * 300) == "a b c " + "x" * 194
+
+
+def test_a_bug_about_one_resource_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reconcile_but_r1(view: ResourceView) -> list[Action]:
+        if view.resource_id == "r1":
+            raise IllegalTransition("off cannot become live")
+        return reconcile(view)
+
+    monkeypatch.setattr(snapshot, "reconcile", reconcile_but_r1)
+    rows = [make_row("r1"), make_row("r2")]
+    stored = Stored(now=NOW, resources=rows, places=[])
+    heard = Heard({"n1": (make_report({"cpu:0": None}), NOW)}, {}, NOW - 60)
+    first, second = decide_all(stored, heard, Memory(), LIMITS)
+    assert (first.actions, type(first.error)) == ([], IllegalTransition)
+    assert second.error is None
+    assert any(isinstance(action, GrantPlace) for action in second.actions)

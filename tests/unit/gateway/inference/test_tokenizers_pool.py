@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -84,6 +85,29 @@ async def test_bad_models_and_endless_templates_are_refused_and_the_pool_goes_on
         # More models than a child holds: the oldest was let go, and comes back.
         assert await pool.encode_texts("good", ["hi", "ho"]) == [[71, 72], [71, 78]]
     assert children_of_this_process() == before
+
+
+async def test_a_text_that_a_tokenizer_chokes_on_is_refused_and_its_process_goes_on(tmp_path: Path) -> None:
+    # Backtracks without end, which the library answers with a panic
+    folder = write_tokenizer(tmp_path / "choking")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    before = children_of_this_process()
+    async with running(tmp_path, PoolLimits(children=1)) as pool:
+        assert await pool.encode_texts("choking", ["aab"])
+        children = children_of_this_process() - before
+        for _ in range(2):
+            with pytest.raises(ApiError) as caught:
+                await pool.encode_texts("choking", ["a" * 60 + "b"])
+            assert (caught.value.status, caught.value.code) == (400, "prompt_too_complex")
+        assert await pool.encode_texts("choking", ["aab"])
+        assert children_of_this_process() - before == children
 
 
 async def test_killed_child_costs_one_answer(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The measuring scripts run as their page says. What they measure here, beside other tests, is not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.local.layout import ROOT
+from tests.conftest import Servers
+
+SCRIPTS = ("path", "chaos", "audit")
+
+
+def run_script(*arguments: str, servers: Servers | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ}
+    if servers is not None:
+        environment |= {
+            "DATABASE_URL": servers.database_url,
+            "REDIS_URL": servers.redis_url,
+            "AMQP_URL": servers.amqp_url,
+            "AMQP_MANAGEMENT_URL": servers.amqp_management_url,
+        }
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_says_how_it_is_called(script: str) -> None:
+    done = run_script(f"loadtest.{script}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python -m loadtest.{script}" in done.stdout
+    assert "--json" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_path_is_measured(servers: Servers, tmp_path: Path) -> None:
+    done = run_script("loadtest.path", "--quick", "--json", str(tmp_path / "rows.json"), servers=servers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    for name in (
+        "added latency p50 at 100/s",
+        "added latency p99 at 100/s",
+        "requests at saturation",
+        "tokens streamed to clients",
+    ):
+        assert rows[name]["ours"] > 0 and rows[name]["ratio"] > 0, rows[name]
+        assert rows[name]["floor"] == 1, rows[name]
+        assert name in done.stdout
+    assert (rows["requests at saturation"]["target"], rows["tokens streamed to clients"]["target"]) == (
+        2.4,
+        2,
+    )
+    for name in ("gateway", "worker", "rabbitmq"):
+        assert rows[f"memory of {name}"]["ours"] > 20, "MiB"
+    assert set(rows["requests at saturation"]) == {
+        *("name", "unit", "ours", "theirs", "ratio", "floor", "target")
+    }
