@@ -29,8 +29,8 @@ from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import Row
 from services.gateway.views import GroupBy
 
-DEFAULT_DAYS = 30
-MAX_DAYS = 366
+RECORDS_KEPT_DAYS = 30
+"""Billing deletes request records after this; sums over a longer time would silently miss what was charged."""
 GROUPS = ("day", "model", "key", "resource")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -111,9 +111,10 @@ class Usage:
 def usage_range(query: dict[str, str], now: datetime) -> tuple[datetime, datetime, GroupBy]:
     """Return [from, to) and the grouping. Pure; raises `ApiError` 400. Default: the last 30 days by day."""
     end = read_time(query["to"], "to") if "to" in query else now
-    start = read_time(query["from"], "from") if "from" in query else end - timedelta(days=DEFAULT_DAYS)
-    if not timedelta(0) < end - start <= timedelta(days=MAX_DAYS):
-        message = f"from must be before to, and at most {MAX_DAYS} days before."
+    start = read_time(query["from"], "from") if "from" in query else now - timedelta(days=RECORDS_KEPT_DAYS)
+    # A minute of grace: clients compute "30 days ago" before they ask.
+    if not now - timedelta(days=RECORDS_KEPT_DAYS, minutes=1) <= start < end:
+        message = f"from must be before to, and within the last {RECORDS_KEPT_DAYS} days."
         raise bad_request("invalid_value", message, "from")
     group_by = query.get("group_by", "day")
     if group_by not in GROUPS:

@@ -98,7 +98,8 @@ def test_usage_is_of_the_last_thirty_days_by_day_unless_asked() -> None:
     assert usage_range({}, NOW) == (NOW - timedelta(days=30), NOW, "day")
     start, end, group_by = usage_range({"from": "2026-11-01", "to": "2026-11-02", "group_by": "key"}, NOW)
     assert (end - start, group_by) == (timedelta(days=1), "key")
-    for query in ({"from": "2026-11-24"}, {"from": "2025-11-01"}, {"to": "2026-11-01", "from": "2026-11-01"}):
+    too_old = (NOW - timedelta(days=31)).date().isoformat()  # its request records are deleted
+    for query in ({"from": "2026-11-24"}, {"from": too_old}, {"to": "2026-11-01", "from": "2026-11-01"}):
         with pytest.raises(ApiError):
             usage_range(query, NOW)
 
