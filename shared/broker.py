@@ -113,6 +113,7 @@ class Broker:
         self._confirmed: aio_pika.abc.AbstractRobustChannel
         self._unconfirmed: aio_pika.abc.AbstractRobustChannel
         self._declaring: aio_pika.abc.AbstractRobustChannel
+        self._away = False
         self._events_confirmed: aio_pika.abc.AbstractExchange
         self._events_unconfirmed: aio_pika.abc.AbstractExchange
         self._connected_since_s: float | None = time.monotonic()
@@ -157,11 +158,14 @@ class Broker:
         return time.monotonic() - since_s if since_s is not None and self.connected else 0.0
 
     def _on_close(self, _connection: Any, error: BaseException | None) -> None:
-        self._connected_since_s = None
-        log.warning("broker_connection_lost", error=type(error).__name__)
+        # Called for each failed attempt to reconnect as well, and, with a CancelledError, when we close it ourselves.
+        if not self._away and not isinstance(error, asyncio.CancelledError):
+            self._away = True
+            log.warning("broker_connection_lost", error=type(error).__name__)
 
     def _on_reconnect(self, *_: Any) -> None:
         self._connected_since_s = time.monotonic()
+        self._away = False
         log.info("broker_reconnected")
 
     async def declare(self, queues: Iterable[topology.Queue]) -> None:

@@ -34,6 +34,8 @@ from shared.settings import SettingsError
 log = structlog.get_logger()
 ROLE = "roundhouse_gateway"
 SWEEP_S = 3600.0
+DELETED_MODEL_KEEP_S = 24 * 3600.0
+"""How long a deleted model's files stay: far longer than any job that names them."""
 OUTBOX_FLUSH_S = 5.0
 
 
@@ -59,6 +61,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     life.group.create_task(key_cache.keep_fresh())
     life.group.create_task(outbox.relay())
     life.group.create_task(sweep_idempotency(store))
+    life.group.create_task(sweep_models(store, importer))
     life.group.create_task(limiter.keep_leases())
     tokenizers.start(life.group)
 
@@ -115,6 +118,18 @@ async def sweep_idempotency(store: Store) -> None:
             await store.sweep_idempotent(KEEP_S)
         except Unavailable as error:
             log.warning("idempotency_keys_not_swept", error=str(error))
+        await asyncio.sleep(SWEEP_S)
+
+
+async def sweep_models(store: Store, importer: ModelImporter) -> None:
+    while True:
+        try:
+            swept = await importer.sweep(await store.models_deleted_before(DELETED_MODEL_KEEP_S))
+        except Unavailable as error:
+            log.warning("deleted_models_not_swept", error=str(error))
+        else:
+            if swept:
+                log.info("deleted_models_swept", count=len(swept))
         await asyncio.sleep(SWEEP_S)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -102,6 +103,18 @@ class ModelImporter:
     async def remove(self, model_id: str) -> None:
         """Remove what `take` made, of a registration that failed later."""
         await asyncio.to_thread(shutil.rmtree, self.store / model_id, ignore_errors=True)
+
+    async def sweep(self, model_ids: Iterable[str]) -> list[str]:
+        """Remove the files of models that were deleted, and return of which there were any."""
+        found = [model_id for model_id in model_ids if (self.store / model_id).is_dir()]
+        for model_id in found:
+            try:
+                await asyncio.to_thread(shutil.rmtree, self.store / model_id)
+            except FileNotFoundError:
+                continue  # another gateway is at it, too
+            except OSError as error:
+                log.error("deleted_model_not_removed", model_id=model_id, error=str(error))
+        return found
 
     def _copy(self, folder: Path, manifest: ModelManifest, target: Path) -> None:
         part = target.with_name(f".{target.name}.part")

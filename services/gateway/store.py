@@ -301,7 +301,7 @@ class Store:
             raise NameTaken from error
 
     async def delete_model(self, team_id: str, model_id: str) -> bool:
-        """Return whether the team had this model. Its files stay: jobs on the way name the revision."""
+        """Return whether the team had this model. Its files stay for a while: jobs on the way name the revision."""
         async with self._database.transaction() as connection:
             found = await connection.fetchval(
                 "UPDATE gateway.models SET deleted_at = now()"
@@ -310,6 +310,13 @@ class Store:
                 model_id,
             )
             return found is not None
+
+    async def models_deleted_before(self, age_s: float) -> list[str]:
+        """Return the ids of all models that were deleted at least so long ago."""
+        rows = await self._database.fetch(
+            "SELECT model_id FROM gateway.models WHERE deleted_at <= now() - make_interval(secs => $1)", age_s
+        )
+        return [row["model_id"] for row in rows]
 
     # ---- idempotency keys
 

@@ -11,6 +11,7 @@ import pytest
 from openapi_spec_validator import validate
 
 from services.gateway.management import acting
+from services.gateway.model_import import ModelImporter
 from services.gateway.routes import PUBLIC
 from tests.conftest import Vhost
 from tests.gateway_harness import ADMIN_KEY, Gateway, running_gateway
@@ -268,6 +269,22 @@ async def test_money_is_a_plain_decimal_string(gateway: Gateway) -> None:
     assert [price["price_id"] for price in listed] == [first.json["price_id"]]
     body |= {"model_type": "nothing"}
     assert (await gateway.call("PUT", "/api/prices", body)).code == "unknown_model_type"
+
+
+async def test_a_deleted_models_files_are_removed_later_and_only_its_own(gateway: Gateway) -> None:
+    key = await gateway.make_team("acme")
+    kept, gone = [await register(gateway, name, key=key, folder=name) for name in ("kept", "gone")]
+    assert (await gateway.call("DELETE", f"/api/models/{gone['model_id']}", key=key)).status == 204
+    importer = ModelImporter(gateway.import_dir, gateway.model_store, asyncio.Lock())
+
+    # Jobs on the way may still name it
+    assert await importer.sweep(await gateway.store.models_deleted_before(3600)) == []
+    assert (gateway.model_store / gone["model_id"]).is_dir()
+
+    assert await importer.sweep(await gateway.store.models_deleted_before(0)) == [gone["model_id"]]
+    assert [folder.name for folder in gateway.model_store.iterdir()] == [kept["model_id"]]
+    assert (gateway.import_dir / "gone" / "config.json").exists()
+    assert await importer.sweep(await gateway.store.models_deleted_before(0)) == []
 
 
 async def test_a_revoked_key_stops_working_and_lists_show_no_secret(gateway: Gateway) -> None:
