@@ -158,6 +158,7 @@ class Broker:
         return time.monotonic() - since_s if since_s is not None and self.connected else 0.0
 
     def _on_close(self, _connection: Any, error: BaseException | None) -> None:
+        self._connected_since_s = None
         # Called for each failed attempt to reconnect as well, and, with a CancelledError, when we close it ourselves.
         if not self._away and not isinstance(error, asyncio.CancelledError):
             self._away = True
