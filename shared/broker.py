@@ -9,6 +9,7 @@ callback when its connection drops, so callbacks only put the delivery into a qu
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -48,6 +49,7 @@ log = structlog.get_logger()
 HEARTBEAT_S = 10
 RECONNECT_INTERVAL_S = 0.5
 PUBLISH_TIMEOUT_S = 5.0
+STATIC_TRIES = 4
 BURY_RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 1.0
 """Closing a channel is a courtesy; on a connection that is frozen the heartbeat ends all of them."""
@@ -128,8 +130,19 @@ class Broker:
             connections.append(connection)
         broker = cls(*connections)
         await broker._open_channels()
-        await broker.declare(topology.STATIC_QUEUES)
+        await broker._declare_static()
         return broker
+
+    async def _declare_static(self) -> None:
+        """All services declare the same queues, at a first start in the same moment: RabbitMQ 3.10 may then answer one
+        of them with INTERNAL_ERROR and close its connection. Once the queues exist, declaring them is harmless."""
+        for _ in range(STATIC_TRIES - 1):
+            try:
+                return await self.declare(topology.STATIC_QUEUES)
+            except Unavailable as error:
+                log.warning("topology_declared_again", error=str(error))
+                await asyncio.sleep(random.uniform(0.5, 2.0))
+        await self.declare(topology.STATIC_QUEUES)
 
     async def _open_channels(self) -> None:
         async with _in_time("cannot open channels"):
