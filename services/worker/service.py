@@ -415,6 +415,7 @@ class Worker:
                 usage = reported_usage(held.job, self.spec.worker_id, drop.report)
                 await tell_billing(self._broker, usage)
         await self._release(held)
+        held.answer.set()  # an end that waited for the owner's word has nothing to report and may go
 
     def _on_cancel(self, cancel: CancelJob) -> None:
         held = self._held.get(cancel.job_id)
@@ -514,7 +515,7 @@ class Worker:
             async with asyncio.TaskGroup() as both:
                 both.create_task(tell_owner(self._broker, held.job.owner_queue, finished))
                 both.create_task(self._report_when_granted(held, usage))
-        if held.state is HeldState.FINISHING and held.attempt == usage.attempt:
+        if held.state is HeldState.FINISHING and held.attempt == usage.attempt and self._holds(held):
             await self._release(held)
 
     async def _report_when_granted(self, held: Held, usage: JobUsage) -> None:
@@ -532,7 +533,7 @@ class Worker:
                     completion_tokens=0,
                     prefill_ran=False,
                 )
-        if held.attempt == usage.attempt and held.job.job_id in self._held:
+        if held.attempt == usage.attempt and self._holds(held):
             await tell_billing(self._broker, usage)
 
     async def _release(self, held: Held) -> None:
@@ -540,6 +541,10 @@ class Worker:
         self._forget(held)
         for delivery in held.deliveries:
             await delivery.ack()
+
+    def _holds(self, held: Held) -> bool:
+        """Whether it was not dropped meanwhile; a later copy of the job is another `Held`."""
+        return self._held.get(held.job.job_id) is held
 
     def _forget(self, held: Held) -> None:
         if self._held.pop(held.job.job_id, None) is not None:
