@@ -102,6 +102,7 @@ def test_engine_reads_a_registered_config_the_same_way(
     assert {name: ours.canonical[name] for name in same} == {name: getattr(spec, name) for name in same}
     assert (ours.vocab_size, ours.tied_embeddings) == (spec.vocab_size, spec.tied_embeddings)
     assert ours.context_tokens == spec.max_positions
+    assert spec.rope is not None
     rope = dataclasses.asdict(spec.rope)
     rope["original_max_position_embeddings"] = float(rope.pop("original_max_positions"))
     assert ours.canonical["rope"] == {key: rope[key] for key in ours.canonical["rope"]}

@@ -16,18 +16,10 @@ import torch
 from torch.nn import functional
 
 from .kv_cache import BLOCK_TOKENS, PADDING_BLOCK, KVPool, blocks_for
+from .packing import Span
 
 # 128 tokens; doubling from there wastes at most half a gather, and a ragged batch falls into few groups.
 _SMALLEST_TABLE_BLOCKS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of one sequence in the pass: its tokens [start, start + count); `blocks` covers [0, start + count)."""
-
-    blocks: Sequence[int]
-    start: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from .api import EngineConfig, ModelInfo
 from .decoder import Decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .spec import DecoderSpec, read_spec
+from .torch_decoder import TorchDecoder
 from .weights import Checkpoint
 
 
@@ -35,7 +36,7 @@ class ModelLoader:
         """Raises ModelRefusal."""
         spec = read_spec(folder)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            decoder = Decoder(spec, checkpoint, self._config.precision, self._device)
+            decoder = TorchDecoder(spec, checkpoint, self._config.precision, self._device)
         info = ModelInfo(
             handle=handle,
             weight_bytes=decoder.weight_bytes,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .api import TokenLogprob
-from .attention import Span, plan_attention
 from .decoder import Decoder
 from .kv_cache import KVPool
+from .packing import PackedTokens, Span
 from .sampling import SampledToken, sample, score_token
 from .sequence import LiveSequence
 
@@ -60,8 +60,7 @@ def run_pass_isolated(
 def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device) -> list[Outcome]:
     spans = [span for work in works for span in _spans(work)]
     tokens = [token for work in works for token in work.sequence.known[work.start : work.start + work.count]]
-    plan = plan_attention(spans, pool, device)
-    hidden = decoder.forward(torch.tensor(tokens, device=device), plan, pool)
+    hidden = decoder.forward(PackedTokens(tokens, spans), pool)
     ends = torch.tensor([work.count for work in works]).cumsum(0).tolist()
     prompt_scores = [
         _score_prompt(decoder, work, hidden[end - work.count : end]) if work.sequence.unscored_prompt else []

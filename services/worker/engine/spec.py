@@ -18,9 +18,15 @@ from .api import ModelRefusal
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position encoding over whole heads. kind: "default", "linear" (factor) or "llama3" (all five)."""
+    """Rotary position encoding of a head's first `rotary_dim` channels.
+
+    kind: "default", "linear" (factor) or "llama3" (all five). is_interleaved: channels 2i and 2i + 1 turn together
+    (GPT-J, CodeGen) instead of i and i + rotary_dim / 2.
+    """
 
     theta: float
+    rotary_dim: int
+    is_interleaved: bool = False
     kind: str = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
@@ -30,8 +36,13 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """Shapes and arithmetic of one pre-norm RMSNorm, rotary, gated-MLP decoder (the Llama family).
+    """Shapes and arithmetic of one pre-norm decoder.
 
+    norm: "rms" or "layer" (with bias). position: "rope", "learned" (a table added to the embedding) or "alibi" (a slope
+    per head, added to the scores). activation: "silu", "gelu", "gelu_pytorch_tanh" or "relu". is_gated: the MLP multiplies
+    activation(gate) by up.
+    residual: "sequential" (x += attention(norm(x)); x += mlp(norm(x))), "parallel" (one norm feeds both:
+    x += attention(n) + mlp(n)) or "parallel_two_norms" (both read x, each through its own norm).
     max_positions: the longest sequence the arithmetic is right for; a sliding window shortens it, since attention here
     always sees everything.
     """
@@ -44,14 +55,20 @@ class DecoderSpec:
     heads: int
     kv_heads: int
     head_dim: int
+    norm: str
     norm_eps: float
     activation: str
-    rope: RopeSpec
+    is_gated: bool
+    residual: str
+    position: str
+    rope: RopeSpec | None
+    has_embedding_norm: bool
     max_positions: int
     tied_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
+    head_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
 
@@ -77,7 +94,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "qwen2": _Family(qkv_bias=True, output_bias=False, mlp_bias=False),
     "qwen3": _Family(mlp_bias=False, qk_norm=True),
 }
-_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
 
 
 def read_spec(folder: Path) -> DecoderSpec:
@@ -106,6 +123,7 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -
     if heads % kv_heads:
         raise ModelRefusal(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
     hidden_size = _positive(config, "hidden_size")
+    head_dim = _positive(config, "head_dim", hidden_size // heads)
     attention_bias = bool(config.get("attention_bias", False))
     return DecoderSpec(
         model_type=str(model_type),
@@ -115,27 +133,33 @@ def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -
         layers=_positive(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim", hidden_size // heads),
+        head_dim=head_dim,
+        norm="rms",
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        activation=activation,
-        rope=_rope(config),
+        activation=_ACTIVATIONS[activation],
+        is_gated=True,
+        residual="sequential",
+        position="rope",
+        rope=_rope(config, head_dim),
+        has_embedding_norm=False,
         max_positions=_max_positions(config),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
         mlp_bias=bool(config.get("mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
+        head_bias=False,
         qk_norm=family.qk_norm,
         eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id")),
     )
 
 
-def rotary_frequencies(rope: RopeSpec, head_dim: int) -> list[float]:
-    """Radians per position for each of the head_dim / 2 pairs.
+def rotary_frequencies(rope: RopeSpec) -> list[float]:
+    """Radians per position for each of the rotary_dim / 2 pairs.
 
     Source: RoFormer (arXiv 2104.09864) section 3.4.2; "linear" divides every frequency by the factor (arXiv 2306.15595);
     "llama3" divides the slow ones only and blends between, as Llama 3.1's published config defines.
     """
-    frequencies = [rope.theta ** (-pair / head_dim) for pair in range(0, head_dim, 2)]
+    frequencies = [rope.theta ** (-pair / rope.rotary_dim) for pair in range(0, rope.rotary_dim, 2)]
     if rope.kind == "linear":
         return [frequency / rope.factor for frequency in frequencies]
     if rope.kind == "llama3":
@@ -153,7 +177,7 @@ def _llama3_frequency(frequency: float, rope: RopeSpec) -> float:
     return (1 - share) * frequency / rope.factor + share * frequency
 
 
-def _rope(config: Mapping[str, Any]) -> RopeSpec:
+def _rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     """Newer checkpoints say `rope_parameters`, older ones `rope_theta` and `rope_scaling` with `type` or `rope_type`."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
@@ -163,17 +187,18 @@ def _rope(config: Mapping[str, Any]) -> RopeSpec:
     if float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ModelRefusal("config.json: partial_rotary_factor other than 1 is not served")
     if kind == "default":
-        return RopeSpec(theta)
+        return RopeSpec(theta, head_dim)
     try:
         if kind == "linear":
-            return RopeSpec(theta, kind, float(parameters["factor"]))
+            return RopeSpec(theta, head_dim, kind=kind, factor=float(parameters["factor"]))
         return RopeSpec(
             theta,
-            kind,
-            float(parameters["factor"]),
-            float(parameters["low_freq_factor"]),
-            float(parameters["high_freq_factor"]),
-            int(parameters["original_max_position_embeddings"]),
+            head_dim,
+            kind=kind,
+            factor=float(parameters["factor"]),
+            low_freq_factor=float(parameters["low_freq_factor"]),
+            high_freq_factor=float(parameters["high_freq_factor"]),
+            original_max_positions=int(parameters["original_max_position_embeddings"]),
         )
     except KeyError as missing:
         raise ModelRefusal(f"config.json: rope type {kind!r} without {missing}") from missing

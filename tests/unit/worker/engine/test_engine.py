@@ -21,6 +21,7 @@ from services.worker.engine import (
     SequenceRequest,
 )
 from services.worker.engine.kv_cache import BLOCK_TOKENS
+from services.worker.engine.packing import PackedTokens
 from tests.unit.worker.engine.builders import (
     EOS,
     GREEDY,
@@ -396,10 +397,10 @@ def test_pass_that_breaks_fails_only_the_sequence_that_breaks_it(
     decoder = engine._models["m"].decoder
     forward = decoder.forward
 
-    def forward_out_of_memory(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if (tokens == 99).sum() > 10:
+    def forward_out_of_memory(batch: PackedTokens, *rest: Any) -> torch.Tensor:
+        if list(batch.tokens).count(99) > 10:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return forward(tokens, *rest)
+        return forward(batch, *rest)
 
     monkeypatch.setattr(decoder, "forward", forward_out_of_memory)
     answers = run_all(engine, requests)

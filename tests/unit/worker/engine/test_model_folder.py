@@ -32,7 +32,7 @@ def test_spec_reads_shapes_and_defaults() -> None:
     }
     spec = spec_from_config(config, {})
     assert (spec.kv_heads, spec.head_dim, spec.kv_shape) == (4, 16, (2, 4, 16))
-    assert (spec.rope, spec.activation, spec.tied_embeddings) == (RopeSpec(10000.0), "silu", False)
+    assert (spec.rope, spec.activation, spec.tied_embeddings) == (RopeSpec(10000.0, 16), "silu", False)
     assert (spec.eos_token_ids, spec.max_positions) == ((), 2048)
 
 
@@ -68,11 +68,11 @@ def test_sequences_stay_within_positions_and_sliding_window(changes: dict[str, A
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rope_parameters": None, "rope_theta": 5e5}, RopeSpec(5e5)),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, RopeSpec(7.0)),
+        ({"rope_parameters": None, "rope_theta": 5e5}, RopeSpec(5e5, 16)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, RopeSpec(7.0, 16)),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-            RopeSpec(10000.0, "linear", 2.0),
+            RopeSpec(10000.0, 16, kind="linear", factor=2.0),
         ),
     ],
 )
@@ -81,8 +81,8 @@ def test_rope_is_read_from_old_and_new_configs(changes: dict[str, Any], expected
 
 
 def test_llama3_frequencies_keep_the_fast_slow_the_slow_and_blend_between() -> None:
-    plain = rotary_frequencies(RopeSpec(500000.0), 128)
-    scaled = rotary_frequencies(RopeSpec(500000.0, "llama3", 8.0, 1.0, 4.0, 8192), 128)
+    plain = rotary_frequencies(RopeSpec(500000.0, 128))
+    scaled = rotary_frequencies(RopeSpec(500000.0, 128, False, "llama3", 8.0, 1.0, 4.0, 8192))
     ratios = [before / after for before, after in zip(plain, scaled, strict=True)]
     assert ratios[0] == 1.0
     assert ratios[-1] == pytest.approx(8.0)
