@@ -18,6 +18,7 @@ class EngineConfig:
     """kv_tokens: the KV pool in tokens, shared by all models. max_batch: sequences resident at once over all models.
 
     prefill_chunk_tokens: prompts are cut at multiples of it, and one step prefills about this many tokens in all.
+    block_tokens: of one block of the pool; kernels know 16 only.
     """
 
     device: str = "cpu"
@@ -26,6 +27,7 @@ class EngineConfig:
     max_context_tokens: int = 2048
     kv_tokens: int = 32768
     prefill_chunk_tokens: int = 256
+    block_tokens: int = 16
     threads: int = 1
 
 

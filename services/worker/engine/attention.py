@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .kv_cache import BLOCK_TOKENS, PADDING_BLOCK, KVPool, blocks_for
+from .kv_cache import PADDING_BLOCK, KVPool, blocks_for
 from .packing import Span
 
-# 128 tokens; doubling from there wastes at most half a gather, and a ragged batch falls into few groups.
-_SMALLEST_TABLE_BLOCKS = 8
+# Doubling from there wastes at most half a gather, and a ragged batch falls into few groups.
+_SMALLEST_TABLE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class AttentionPlan:
 
 def plan_attention(spans: Sequence[Span], pool: KVPool, device: torch.device) -> AttentionPlan:
     """spans: in row order; one of a single token counts as decoding, the sums are the same."""
+    block_tokens = pool.block_tokens
     positions: list[int] = []
     blocks: list[int] = []
     groups: dict[int, list[tuple[int, Span]]] = {}
@@ -61,15 +62,15 @@ def plan_attention(spans: Sequence[Span], pool: KVPool, device: torch.device) ->
         first_row = len(positions)
         span_positions = range(span.start, span.start + span.count)
         positions.extend(span_positions)
-        blocks.extend(span.blocks[position // BLOCK_TOKENS] for position in span_positions)
+        blocks.extend(span.blocks[position // block_tokens] for position in span_positions)
         if span.count == 1:
-            groups.setdefault(padded_table_blocks(span.start + 1), []).append((first_row, span))
+            groups.setdefault(padded_table_blocks(span.start + 1, block_tokens), []).append((first_row, span))
         else:
             chunks.append(_plan_chunk(span, first_row, pool, device))
     position_tensor = torch.tensor(positions, device=device)
     return AttentionPlan(
         positions=position_tensor,
-        places=pool.token_places(torch.tensor(blocks, device=device), position_tensor % BLOCK_TOKENS),
+        places=pool.token_places(torch.tensor(blocks, device=device), position_tensor % block_tokens),
         decode_groups=tuple(
             _plan_group(table_blocks, members, pool, device) for table_blocks, members in groups.items()
         ),
@@ -77,12 +78,12 @@ def plan_attention(spans: Sequence[Span], pool: KVPool, device: torch.device) ->
     )
 
 
-def padded_table_blocks(tokens: int) -> int:
-    """The block table's length for a decoding sequence of that many tokens: 8, 16, 32, ..."""
-    table_blocks = _SMALLEST_TABLE_BLOCKS
-    while table_blocks < blocks_for(tokens):
-        table_blocks *= 2
-    return table_blocks
+def padded_table_blocks(tokens: int, block_tokens: int) -> int:
+    """The block table's length for a decoding sequence of that many tokens: for 128 of them, 256, 512, ..."""
+    table_tokens = _SMALLEST_TABLE_TOKENS
+    while table_tokens < tokens:
+        table_tokens *= 2
+    return blocks_for(table_tokens, block_tokens)
 
 
 def _plan_group(
@@ -90,10 +91,10 @@ def _plan_group(
 ) -> _DecodeGroup:
     tables = []
     for _, span in members:
-        used = span.blocks[: blocks_for(span.start + 1)]
+        used = span.blocks[: blocks_for(span.start + 1, pool.block_tokens)]
         tables.append([*used, *[PADDING_BLOCK] * (table_blocks - len(used))])
     lengths = torch.tensor([span.start + 1 for _, span in members], device=device)
-    hidden = torch.arange(table_blocks * BLOCK_TOKENS, device=device) >= lengths.unsqueeze(1)
+    hidden = torch.arange(table_blocks * pool.block_tokens, device=device) >= lengths.unsqueeze(1)
     mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
     return _DecodeGroup(
         rows=torch.tensor([row for row, _ in members], device=device),
@@ -104,8 +105,8 @@ def _plan_group(
 
 def _plan_chunk(span: Span, first_row: int, pool: KVPool, device: torch.device) -> _PromptChunk:
     end = span.start + span.count
-    table = torch.tensor([list(span.blocks[: blocks_for(end)])], device=device)
-    tokens = torch.arange(table.shape[1] * BLOCK_TOKENS, device=device)
+    table = torch.tensor([list(span.blocks[: blocks_for(end, pool.block_tokens)])], device=device)
+    tokens = torch.arange(table.shape[1] * pool.block_tokens, device=device)
     rows = torch.arange(span.start, end, device=device)
     return _PromptChunk(
         first_row=first_row,

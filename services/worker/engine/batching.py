@@ -63,7 +63,7 @@ class Admission:
 
 
 def choose_admissions(
-    waiting: Sequence[SequenceView], running: int, free_blocks: int, max_batch: int
+    waiting: Sequence[SequenceView], running: int, free_blocks: int, max_batch: int, block_tokens: int
 ) -> list[Admission]:
     """Which waiting sequences start now, and with how many blocks.
 
@@ -78,9 +78,9 @@ def choose_admissions(
         if residents >= max_batch:
             break
         if view.preemptions >= MOST_PREEMPTIONS:
-            blocks = blocks_for(view.most_tokens)
+            blocks = blocks_for(view.most_tokens, block_tokens)
         else:
-            blocks = blocks_for(min(view.known_tokens + 1, view.most_tokens))
+            blocks = blocks_for(min(view.known_tokens + 1, view.most_tokens), block_tokens)
         if blocks + residents > free_blocks:
             break
         admissions.append(Admission(view.sequence_id, blocks))

@@ -15,7 +15,7 @@ import torch
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
 from .batching import ModelBatch, choose_admissions, choose_victim, plan_step
 from .decoder import kv_dtype
-from .kv_cache import BLOCK_TOKENS, BlockAllocator, KVPool, blocks_for
+from .kv_cache import BlockAllocator, KVPool, blocks_for
 from .loading import LoadedModel, ModelLoader
 from .running import Outcome, Work, run_pass_isolated
 from .sequence import LiveSequence, make_sequence
@@ -33,7 +33,7 @@ class Engine:
         self.config = config
         self._device = torch.device(config.device)
         self._loader = ModelLoader(config, self._device)
-        self._allocator = BlockAllocator(config.kv_tokens // BLOCK_TOKENS)
+        self._allocator = BlockAllocator(config.kv_tokens // config.block_tokens)
         self._models_lock = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._loading: set[str] = set()
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def free_kv_tokens(self) -> int:
-        return self._allocator.free * BLOCK_TOKENS
+        return self._allocator.free * self.config.block_tokens
 
     def load_model(self, handle: str, folder: Path) -> ModelInfo:
         """Seconds of work, on the calling thread, which may be another than `step`'s; ready when it returns.
@@ -96,7 +96,7 @@ class Engine:
             raise EngineRefusal("unknown_model", f"model {request.model} is not loaded")
         if self._find(request.sequence_id) is not None:
             raise EngineRefusal("duplicate_sequence", f"sequence {request.sequence_id} is here already")
-        check_request(request, model.info, self._allocator.count * BLOCK_TOKENS)
+        check_request(request, model.info, self._allocator.count * self.config.block_tokens)
         sequence = make_sequence(request, model, self._arrivals, self._device)
         self._arrivals += 1
         is_done = sequence.finish_reason is not None and not sequence.unscored_prompt
@@ -137,6 +137,7 @@ class Engine:
             len(self._running),
             self._allocator.free,
             self.config.max_batch,
+            self.config.block_tokens,
         )
         for admission in admissions:
             sequence = self._waiting.pop(admission.sequence_id)
@@ -147,7 +148,7 @@ class Engine:
         """Each decoding sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
         for sequence in sorted(self._running.values(), key=lambda each: each.arrival):
             while sequence.sequence_id in self._running and len(sequence.blocks) < blocks_for(
-                len(sequence.known)
+                len(sequence.known), self.config.block_tokens
             ):
                 if self._allocator.free:
                     sequence.blocks += self._allocator.take(1)
@@ -225,7 +226,11 @@ class Engine:
                 f"{model.spec.kv_shape}"
             )
         self._pool = KVPool(
-            model.spec.kv_shape, self._allocator.count, kv_dtype(self.config.precision), self._device
+            model.spec.kv_shape,
+            self._allocator.count,
+            kv_dtype(self.config.precision),
+            self._device,
+            self.config.block_tokens,
         )
 
     def _find(self, sequence_id: str) -> LiveSequence | None:
@@ -245,11 +250,11 @@ def check_config(config: EngineConfig) -> None:
         problems.append(f"precision {config.precision!r} is none of {', '.join(_PRECISIONS)}")
     if torch.device(config.device).type == "cuda" and config.precision == "int8":
         problems.append("int8 runs on the CPU only")
-    for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "threads"):
+    for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "block_tokens", "threads"):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1")
-    if config.kv_tokens < BLOCK_TOKENS:
-        problems.append(f"kv_tokens must be at least {BLOCK_TOKENS}, one block")
+    if config.kv_tokens < config.block_tokens:
+        problems.append(f"kv_tokens must be at least {config.block_tokens}, one block")
     if problems:
         raise ValueError("engine config: " + "; ".join(problems))
 

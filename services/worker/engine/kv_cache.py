@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+# What kernels are written for; other sizes are for `torch_decoder.py`, and for tests.
 BLOCK_TOKENS = 16
 # Never given out and always zero: pads block tables of unequal length to a rectangle.
 PADDING_BLOCK = 0
 
 
-def blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS)
+def blocks_for(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens)
 
 
 class BlockAllocator:
@@ -50,22 +51,28 @@ class BlockAllocator:
 
 
 class KVPool:
-    """(layers, 2, blocks, kv_heads, BLOCK_TOKENS, head_dim); head-major blocks, so that gathering a block table yields
+    """(layers, 2, blocks, kv_heads, block_tokens, head_dim); head-major blocks, so that gathering a block table yields
     each head's keys contiguous.
 
     Pages cost memory only once written: the pool starts as untouched zero pages.
     """
 
     def __init__(
-        self, kv_shape: tuple[int, int, int], blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        kv_shape: tuple[int, int, int],
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         layers, self.kv_heads, self.head_dim = kv_shape
         self.kv_shape = kv_shape
         self.dtype = dtype
-        shape = (layers, 2, blocks + 1, self.kv_heads, BLOCK_TOKENS, self.head_dim)
+        self.block_tokens = block_tokens
+        shape = (layers, 2, blocks + 1, self.kv_heads, block_tokens, self.head_dim)
         self._pool = _cold_zeros(shape, dtype, device)
         self._by_token = self._pool.view(layers, 2, -1, self.head_dim)
-        self._by_head_block = self._pool.view(layers, 2, -1, BLOCK_TOKENS * self.head_dim)
+        self._by_head_block = self._pool.view(layers, 2, -1, block_tokens * self.head_dim)
 
     def write(self, layer: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """places: (tokens * kv_heads,) from `token_places`; keys, values: (tokens, kv_heads, head_dim)."""
@@ -84,9 +91,8 @@ class KVPool:
     def token_places(self, blocks: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Rows of the pool for tokens at `offsets` (tokens,) within `blocks` (tokens,), for each head."""
         heads = torch.arange(self.kv_heads, device=blocks.device)
-        return ((blocks.unsqueeze(1) * self.kv_heads + heads) * BLOCK_TOKENS + offsets.unsqueeze(1)).reshape(
-            -1
-        )
+        head_blocks = blocks.unsqueeze(1) * self.kv_heads + heads
+        return (head_blocks * self.block_tokens + offsets.unsqueeze(1)).reshape(-1)
 
     def head_blocks(self, tables: torch.Tensor) -> torch.Tensor:
         """tables: (sequences, blocks) -> (sequences, kv_heads, blocks), rows of the pool that `gather` takes."""

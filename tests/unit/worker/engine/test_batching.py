@@ -78,7 +78,7 @@ def decoding(sequence_id: str, arrival: int = 0, known: int = 20, **changes: Any
 def test_choose_admissions(
     waiting: list[SequenceView], running: int, free_blocks: int, max_batch: int, expected: list[Admission]
 ) -> None:
-    assert choose_admissions(waiting, running, free_blocks, max_batch) == expected
+    assert choose_admissions(waiting, running, free_blocks, max_batch, block_tokens=16) == expected
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_any_arrival_order_and_any_cancel_gives_the_same_answers(
         max_batch=rng.choice((2, 5, 8)),
         kv_tokens=rng.choice((160, 320, 2048)),
         prefill_chunk_tokens=rng.choice((8, 32, 256)),
+        block_tokens=rng.choice((4, 16, 32)),
     )
     cancelled: set[str] = set()
 
@@ -484,6 +485,8 @@ def test_model_info_says_what_was_loaded(tiny: TinyModel) -> None:
         {"precision": "fp8"},
         {"max_batch": 0},
         {"kv_tokens": 3},
+        {"kv_tokens": 31, "block_tokens": 32},
+        {"block_tokens": 0},
         {"threads": 0},
         {"device": "cuda", "precision": "int8"},
     ],

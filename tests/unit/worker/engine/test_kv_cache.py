@@ -17,14 +17,15 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (2048, 128)])
 def test_blocks_for(tokens: int, blocks: int) -> None:
-    assert blocks_for(tokens) == blocks
+    assert blocks_for(tokens, 16) == blocks
 
 
 @pytest.mark.parametrize(
     ("tokens", "blocks"), [(1, 8), (128, 8), (129, 16), (256, 16), (257, 32), (2048, 128)]
 )
 def test_padded_table_blocks_depends_on_the_length_alone(tokens: int, blocks: int) -> None:
-    assert padded_table_blocks(tokens) == blocks
+    assert padded_table_blocks(tokens, 16) == blocks
+    assert padded_table_blocks(tokens, 32) == blocks // 2
 
 
 def test_allocator_never_gives_a_block_twice_nor_the_padding_block() -> None:
