@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-RefusalCode = Literal["context_length_exceeded", "invalid_token_id", "unknown_model", "duplicate_sequence"]
+RefusalCode = Literal[
+    "context_length_exceeded", "invalid_token_id", "invalid_request", "unknown_model", "duplicate_sequence"
+]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Sampling:
 
     temperature: 0 is greedy. top_k: 0 is off. logit_bias: (token, addend) pairs. logprobs: None is off, k asks for the
     k most likely alternatives of each token, 0 for the chosen token alone. min_tokens: before that many tokens neither
-    an end-of-sequence token, nor a stop token, nor a stop string ends the answer.
+    an end-of-sequence token, nor a stop token, nor a stop string ends the answer. bad_words: sequences of tokens that the
+    answer does not hold; their last token is never drawn after the others.
     """
 
     temperature: float = 1.0
@@ -52,15 +56,17 @@ class Sampling:
     logprobs: int | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """One answer to generate.
+    """One answer to generate, or one text to embed.
 
     isolation_key: the team; cached state is never shared across it. max_tokens: length of the whole answer,
     `prior_tokens` included. prior_tokens: already generated before a resume; they are context and are not emitted again.
-    echo_logprobs: also score the prompt; the scores come with the first delta.
+    echo_logprobs: also score the prompt; the scores come with the first delta. pooling: no answer (`max_tokens` is 0) but
+    one vector from the prompt's states after the final norm: their mean, or the last token's. It comes with the only delta.
     """
 
     sequence_id: str
@@ -73,6 +79,7 @@ class SequenceRequest:
     stop_token_ids: tuple[int, ...] = ()
     prior_tokens: Sequence[int] = ()
     echo_logprobs: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,8 @@ class Delta:
 
     text: released by these tokens; "" while half a character or a possible stop string is held back.
     error: this sequence failed, alone and for good; `finish_reason` is None then.
-    prompt_logprobs: with `echo_logprobs`, once: one entry for each prompt token after the first.
+    prompt_logprobs: with `echo_logprobs`, once: one entry for each prompt token after the first. embedding: with `pooling`,
+    fp32 numbers, not normalised.
     """
 
     sequence_id: str
@@ -101,6 +109,7 @@ class Delta:
     finish_reason: str | None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ class Decoder(Protocol):
         """hidden: rows as `forward` returns them. Returns (rows, vocab_size) fp32."""
         ...
 
+    def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: rows as `forward` returns them. Returns (rows, size) fp32: transformers' `last_hidden_state`."""
+        ...
+
 
 def activation_dtype(precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)

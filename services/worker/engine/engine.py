@@ -99,7 +99,7 @@ class Engine:
         check_request(request, model.info, self._allocator.count * self.config.block_tokens)
         sequence = make_sequence(request, model, self._arrivals, self._device)
         self._arrivals += 1
-        is_done = sequence.finish_reason is not None and not sequence.unscored_prompt
+        is_done = sequence.finish_reason is not None and not sequence.needs_prompt
         (self._finished_at_add if is_done else self._waiting)[request.sequence_id] = sequence
 
     def cancel(self, sequence_id: str) -> None:
@@ -188,7 +188,7 @@ class Engine:
             prefilled.append(sequence.sequence_id)
         if outcome.sampled is None:
             self._leave(sequence)
-            return [_closing_delta(sequence)]
+            return [_closing_delta(sequence, sequence.embedding())]
         token_start, prompt_logprobs = sequence.generated, sequence.take_prompt_logprobs()
         advance = sequence.advance(outcome.sampled.token)
         if advance.finish_reason is not None:
@@ -263,7 +263,9 @@ def check_request(request: SequenceRequest, model: ModelInfo, pool_tokens: int) 
     """Raises EngineRefusal.
 
     1. An empty prompt, or a token id outside the vocabulary -> invalid_token_id.
-    2. Prompt and answer longer than the model's context or than the whole pool -> context_length_exceeded.
+    2. An answer to a text that is embedded, an empty bad word, or bad words and endings that together forbid every token
+       -> invalid_request.
+    3. Prompt and answer longer than the model's context or than the whole pool -> context_length_exceeded.
     """
     if not request.prompt_tokens:
         raise EngineRefusal("invalid_token_id", "the prompt has no tokens")
@@ -272,12 +274,23 @@ def check_request(request: SequenceRequest, model: ModelInfo, pool_tokens: int) 
         ("prior tokens", request.prior_tokens),
         ("stop_token_ids", request.stop_token_ids),
         ("logit_bias", tuple(token for token, _ in request.sampling.logit_bias)),
+        ("bad_words", tuple(token for word in request.sampling.bad_words for token in word)),
     )
     for name, tokens in named:
         if tokens and not (min(tokens) >= 0 and max(tokens) < model.vocab_size):
             raise EngineRefusal(
                 "invalid_token_id", f"{name}: a token id is outside 0 .. {model.vocab_size - 1}"
             )
+    if request.pooling is not None and (request.max_tokens or request.prior_tokens):
+        raise EngineRefusal("invalid_request", "a text that is embedded has no answer")
+    if not all(request.sampling.bad_words):
+        raise EngineRefusal("invalid_request", "bad_words: an empty sequence cannot be banned")
+    forbidden = {word[-1] for word in request.sampling.bad_words} | {
+        *model.eos_token_ids,
+        *request.stop_token_ids,
+    }
+    if request.sampling.bad_words and len(forbidden) >= model.vocab_size:
+        raise EngineRefusal("invalid_request", "bad_words: no token would be left to draw")
     asked_tokens = len(request.prompt_tokens) + request.max_tokens
     room_tokens = min(model.context_tokens, pool_tokens)
     if asked_tokens > room_tokens:
@@ -287,7 +300,7 @@ def check_request(request: SequenceRequest, model: ModelInfo, pool_tokens: int) 
         )
 
 
-def _closing_delta(sequence: LiveSequence) -> Delta:
+def _closing_delta(sequence: LiveSequence, embedding: tuple[float, ...] = ()) -> Delta:
     """The end of a sequence that had nothing left to generate."""
     return Delta(
         sequence.sequence_id,
@@ -297,4 +310,5 @@ def _closing_delta(sequence: LiveSequence) -> Delta:
         (),
         sequence.finish_reason,
         prompt_logprobs=sequence.take_prompt_logprobs(),
+        embedding=embedding,
     )

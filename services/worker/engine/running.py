@@ -11,6 +11,7 @@ from .api import TokenLogprob
 from .decoder import Decoder
 from .kv_cache import KVPool
 from .packing import PackedTokens, Span
+from .pooling import Pooled, add_rows, rows_to_pool
 from .sampling import SampledToken, sample, score_token
 from .sequence import LiveSequence
 
@@ -66,6 +67,10 @@ def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torc
         _score_prompt(decoder, work, hidden[end - work.count : end]) if work.sequence.unscored_prompt else []
         for work, end in zip(works, ends, strict=True)
     ]
+    pooled = [
+        _pool_prompt(decoder, work, hidden[end - work.count : end])
+        for work, end in zip(works, ends, strict=True)
+    ]
     drawing = [index for index, work in enumerate(works) if work.draws]
     outcomes = [Outcome(work) for work in works]
     if drawing:
@@ -74,8 +79,11 @@ def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torc
         for index, token in zip(drawing, sampled, strict=True):
             error = NOT_FINITE if token is None else None
             outcomes[index] = Outcome(works[index], token, error)
-    for work, scores in zip(works, prompt_scores, strict=True):
+    for index, (work, scores, pool_now) in enumerate(zip(works, prompt_scores, pooled, strict=True)):
         work.sequence.prompt_logprobs.extend(scores)
+        work.sequence.pooled = pool_now
+        if pool_now.total is not None and not bool(torch.isfinite(pool_now.total).all()):
+            outcomes[index] = Outcome(work, error=NOT_FINITE)
     return outcomes
 
 
@@ -85,6 +93,20 @@ def _spans(work: Work) -> list[Span]:
     if work.start < len(work.sequence.request.prompt_tokens):
         return [Span(blocks, work.start, work.count)]
     return [Span(blocks, position, 1) for position in range(work.start, work.start + work.count)]
+
+
+def _pool_prompt(decoder: Decoder, work: Work, hidden: torch.Tensor) -> Pooled:
+    """hidden: (work.count, hidden_size). What the sequence has pooled after this work."""
+    sequence, pooling = work.sequence, work.sequence.request.pooling
+    if pooling is None:
+        return sequence.pooled
+    prompt_tokens = len(sequence.request.prompt_tokens)
+    rows = rows_to_pool(sequence.pooled, pooling, prompt_tokens, work.start, work.count)
+    if not rows:
+        return sequence.pooled
+    return add_rows(
+        sequence.pooled, rows, decoder.final_hidden(hidden[rows.start - work.start : rows.stop - work.start])
+    )
 
 
 def _score_prompt(decoder: Decoder, work: Work, hidden: torch.Tensor) -> list[TokenLogprob]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .api import Sampling, TokenLogprob
+from .bad_words import BadWords, banned_tokens, compile_bad_words
 
 _MASK_64 = (1 << 64) - 1
 # splitmix64's constants (Steele, Lea, Flood, OOPSLA 2014).
@@ -33,7 +34,8 @@ class SamplingState:
     """What sampling knows of one sequence. Build with `make_state`, call `note` for each generated token.
 
     seen: (vocabulary,) bool, tokens in prompt or answer; counts: (vocabulary,) fp32, how often each is in the answer.
-    Both exist only where a penalty needs them. ending_tokens: forbidden before `min_tokens`.
+    Both exist only where a penalty needs them. ending_tokens: forbidden before `min_tokens`. answer: the generated tokens,
+    kept only where `bad_words` look at them.
     """
 
     sampling: Sampling
@@ -43,6 +45,8 @@ class SamplingState:
     bias_values: torch.Tensor
     seen: torch.Tensor | None
     counts: torch.Tensor | None
+    bad_words: BadWords | None
+    answer: list[int]
 
     def note(self, token: int) -> None:
         self.index += 1
@@ -50,6 +54,8 @@ class SamplingState:
             self.seen[token] = True
         if self.counts is not None:
             self.counts[token] += 1
+        if self.bad_words is not None:
+            self.answer.append(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +90,15 @@ def make_state(
         ),
         seen=seen,
         counts=counts,
+        bad_words=compile_bad_words(sampling.bad_words) if sampling.bad_words else None,
+        answer=[],
     )
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingState]) -> list[SampledToken | None]:
     """logits: (rows, vocabulary) fp32, overwritten. None for a row whose logits are not all finite.
 
-    Order: logprobs of the raw distribution; penalties, bias, forbidden endings; temperature; top-k; top-p; min-p; noise.
+    Order: logprobs of the raw distribution; penalties, bias, bad words, forbidden endings; temperature; top-k; top-p; min-p; noise.
     """
     is_finite = torch.isfinite(logits.sum(dim=-1)).tolist()
     logprobs = _raw_logprobs(logits, rows, is_finite)
@@ -169,7 +177,7 @@ def _raw_logprobs(
 
 
 def _adjust(row: torch.Tensor, state: SamplingState) -> None:
-    """Penalties, bias and forbidden endings, in place on (vocabulary,).
+    """Penalties, bias, bad words and forbidden endings, in place on (vocabulary,).
 
     repetition: CTRL (arXiv 1909.05858) section 4.1 in transformers' form, over prompt and answer; presence and frequency:
     OpenAI's definition, over the answer.
@@ -183,6 +191,8 @@ def _adjust(row: torch.Tensor, state: SamplingState) -> None:
         row.sub_((state.counts > 0).to(row.dtype), alpha=sampling.presence_penalty)
     if len(state.bias_tokens):
         row.index_add_(0, state.bias_tokens, state.bias_values)
+    if state.bad_words is not None and (banned := banned_tokens(state.bad_words, state.answer)):
+        row.index_fill_(0, torch.tensor(banned, device=row.device), float("-inf"))
     if state.index < sampling.min_tokens and len(state.ending_tokens):
         row.index_fill_(0, state.ending_tokens, float("-inf"))
 

@@ -11,6 +11,7 @@ from .api import SequenceRequest, TokenLogprob
 from .batching import SequenceView
 from .detokenize import TextStream
 from .loading import LoadedModel
+from .pooling import Pooled, vector_of
 from .sampling import SamplingState, make_state
 
 
@@ -39,6 +40,7 @@ class LiveSequence:
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     are_prompt_logprobs_taken: bool = False
+    pooled: Pooled = field(default_factory=Pooled)
 
     @property
     def sequence_id(self) -> str:
@@ -54,6 +56,21 @@ class LiveSequence:
         if not self.request.echo_logprobs:
             return 0
         return len(self.request.prompt_tokens) - 1 - len(self.prompt_logprobs)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether the prompt has to be computed although nothing is left to generate: it is scored, or embedded."""
+        return self.unscored_prompt > 0 or self.request.pooling is not None
+
+    @property
+    def reads_each_prompt_row(self) -> bool:
+        """Whether every position's output is wanted, so that none may be skipped as known from another sequence."""
+        return self.request.echo_logprobs or self.request.pooling == "mean"
+
+    def embedding(self) -> tuple[float, ...]:
+        """Once the whole prompt is computed; empty when none was asked for."""
+        pooling = self.request.pooling
+        return () if pooling is None else vector_of(self.pooled, pooling, len(self.request.prompt_tokens))
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         """Once: with the first delta. Later calls get nothing."""

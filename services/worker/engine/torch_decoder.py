@@ -106,6 +106,10 @@ class TorchDecoder:
         """hidden: (rows, hidden_size) as `forward` returns it. Returns (rows, vocab_size) fp32."""
         return self._head(self._norm(hidden, self._final_norm)).float()
 
+    def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `decoder.Decoder`."""
+        return self._norm(hidden, self._final_norm).float()
+
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
 
