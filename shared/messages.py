@@ -58,6 +58,8 @@ class SamplingParams(Part, frozen=True):
     min_tokens: int = 0
     echo_logprobs: bool = False
     """Log-probabilities of the prompt too (completions with `echo` and `logprobs`)."""
+    bad_words: list[list[int]] = []
+    """Token sequences that the answer may not hold."""
 
 
 class GenerateJob(Message, frozen=True, tag="job.generate.v1"):

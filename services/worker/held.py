@@ -146,6 +146,7 @@ def sequence_requests(held: Held) -> list[SequenceRequest]:
             logprobs=params.logprobs,
             ignore_eos=params.ignore_eos,
             min_tokens=params.min_tokens,
+            bad_words=tuple(tuple(word) for word in params.bad_words),
         )
         requests.append(
             SequenceRequest(

@@ -68,6 +68,7 @@ SAMPLING = SamplingParams(
     ignore_eos=True,
     min_tokens=2,
     echo_logprobs=True,
+    bad_words=[[7], [8, 9]],
 )
 
 LOGPROBS = [TokenLogprob(token=11, logprob=-0.25, top=[(11, -0.25), (12, -1.5)])]

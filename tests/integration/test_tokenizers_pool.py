@@ -57,6 +57,12 @@ async def refusal(pool: TokenizerPool, folder: str) -> tuple[int, str]:
     return caught.value.status, caught.value.code
 
 
+async def test_words_are_spelled_by_the_children(tmp_path: Path) -> None:
+    async with running(make_store(tmp_path), PoolLimits(children=1)) as pool:
+        spelled = await pool.encode_words("good", ["a", " b"])
+        assert [await pool.decode("good", [ids]) for ids in spelled] == [["a"], [" a"], [" b"]]
+
+
 async def test_bad_models_and_endless_templates_are_refused_and_the_pool_goes_on(tmp_path: Path) -> None:
     before = children_of_this_process()
     limits = PoolLimits(children=1, call_s=0.4, models_per_child=2, memory_bytes=1024**3)

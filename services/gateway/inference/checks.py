@@ -11,6 +11,11 @@ from services.gateway.owner import Finished
 from services.gateway.principal import ModelView, Route
 
 LOST_RETRY_S = 1
+_WORKERS_REFUSALS = {
+    "context_length_exceeded": ("The model's worker refused the prompt.", "prompt"),
+    "invalid_token_id": ("The model's worker refused the prompt.", "prompt"),
+    "invalid_request": ("The model's worker refused the request.", None),
+}
 
 
 def context_tokens(model: ModelView, route: Route) -> int:
@@ -77,8 +82,8 @@ def refusal_of(finished: Finished) -> ApiError | None:
         return must_not_retry(
             ApiError(500, "poison", "The request failed on several workers and is given up.")
         )
-    if code in ("context_length_exceeded", "invalid_token_id"):  # 4
-        return bad_request(code, "The model's worker refused the prompt.", "prompt")
+    if code in _WORKERS_REFUSALS:  # 4
+        return bad_request(code, *_WORKERS_REFUSALS[code])
     return ApiError(
         503, code or "generation_failed", "The generation failed.", retry_after_s=LOST_RETRY_S
     )  # 5

@@ -49,6 +49,8 @@ class Tokenizers(Protocol):
 
     async def encode_texts(self, folder: str, texts: Sequence[str]) -> list[list[int]]: ...
 
+    async def encode_words(self, folder: str, words: Sequence[str]) -> list[list[int]]: ...
+
     async def encode_chat(self, folder: str, messages: Sequence[ChatMessage]) -> list[int]: ...
 
     async def decode(self, folder: str, token_lists: Sequence[Sequence[int]]) -> list[str]: ...
@@ -143,6 +145,9 @@ class _Handlers:
                 request[RESPONSE_HEADERS] = rate_headers
                 with telemetry.span("tokenize"):
                     prompts, prompt_texts = await self._tokenize(wanted, model)
+                    if wanted.bad_words:
+                        words = await self._deps.tokenizers.encode_words(model.folder, wanted.bad_words)
+                        wanted = wanted.with_bad_words(words)
                 context = JobContext(
                     request_id=request_id_of(request),
                     principal=principal,

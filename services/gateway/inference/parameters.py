@@ -6,9 +6,11 @@ extras that vLLM's server takes. Any other name is unknown. OpenAPI's schemas ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import msgspec
 
 from services.gateway.errors import bad_request
 from services.gateway.inference.prompts import ChatMessage, Messages, Prompt, Prompts, TextPrompt
@@ -22,7 +24,7 @@ from services.gateway.inference.rules import (
     ObjectOf,
     Only,
     Schema,
-    StopStrings,
+    Strings,
     Text,
     TokenIds,
     invalid_value,
@@ -37,6 +39,7 @@ MAX_SEED = 2**63 - 1
 MAX_N = 8
 MAX_COMPLETION_LOGPROBS = 5
 MAX_TOP_LOGPROBS = 20
+MAX_BAD_WORDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,23 @@ class GenerationRequest:
     sampling: SamplingParams
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    bad_words: tuple[str, ...]
     stream: bool
     include_usage: bool
     echo: bool
 
+    def with_bad_words(self, spellings: Sequence[Sequence[int]]) -> GenerationRequest:
+        """The same, its bad words known by their token ids."""
+        words = [list(ids) for ids in spellings]
+        return replace(self, sampling=msgspec.structs.replace(self.sampling, bad_words=words))
 
+
+_BAD_WORDS = Strings(
+    MAX_BAD_WORDS,
+    Text(1, 64),
+    "May not stand in the answer, spelled as the tokenizer spells them: by themselves and after a space, or, if they begin "
+    "with a space, as they are. Another case, or another cut into tokens, is another word.",
+)
 _MODEL = Field("model", Text(1, 256), required=True)
 _SAMPLING = (
     Field("temperature", NumberIn(0, 2), 1.0),
@@ -72,8 +87,9 @@ _SAMPLING = (
     Field("stop_token_ids", TokenIds(64, IntegerIn(0, 2**31 - 1)), ()),
     Field("ignore_eos", Flag(), False),
     Field("min_tokens", IntegerIn(0, MAX_TOKENS), 0),
+    Field("bad_words", _BAD_WORDS, ()),
 )
-_STOP = StopStrings(4, Text(1, 64))
+_STOP = Strings(4, Text(1, 64))
 _STREAM_OPTIONS = ObjectOf(
     (
         Field("include_usage", Flag(), False),
@@ -100,7 +116,6 @@ _SHARED = (
     *(Field(name, Only((True,))) for name in ("skip_special_tokens", "spaces_between_special_tokens")),
     Field("length_penalty", Only((1, 1.0))),
     Field("priority", Only((0,))),
-    Field("bad_words", Only(([],))),
     *(
         Field(name, Only())
         for name in (
@@ -126,7 +141,8 @@ def _table(*fields: Field) -> dict[str, Field]:
 COMPLETION_FIELDS = _table(
     *_SHARED,
     Field("prompt", Prompts(), required=True),
-    Field("max_tokens", IntegerIn(1, MAX_TOKENS), DEFAULT_COMPLETION_TOKENS),
+    # 0 is for a prompt that is only to be scored.
+    Field("max_tokens", IntegerIn(0, MAX_TOKENS), DEFAULT_COMPLETION_TOKENS),
     Field("best_of", IntegerIn(1, MAX_N)),
     Field("echo", Flag(), False),
     Field("logprobs", IntegerIn(0, MAX_COMPLETION_LOGPROBS)),
@@ -210,6 +226,8 @@ def parse_completion(body: Mapping[str, Any], *, random_seed: int) -> Generation
         raise invalid_value("best_of", "must not be below n")
     if best_of is not None and best_of > values["n"]:
         raise bad_request("unsupported_parameter", "best_of above n is not supported.", "best_of")
+    if values["max_tokens"] == 0 and not values["echo"]:
+        raise invalid_value("max_tokens", "must be at least 1 without echo")
     return _request(values, "text_completion", values["logprobs"], random_seed, prompts=values["prompt"])
 
 
@@ -290,6 +308,7 @@ def _request(
         sampling=sampling,
         stop=values["stop"],
         stop_token_ids=values["stop_token_ids"],
+        bad_words=values["bad_words"],
         stream=stream,
         include_usage=bool(options and options["include_usage"]),
         echo=echo,

@@ -121,11 +121,12 @@ class Only:
 
 
 @dataclass(frozen=True, slots=True)
-class StopStrings:
+class Strings:
     """One string or a list of them; parsed to a tuple."""
 
     max_items: int
     item: Text
+    description: str = ""
 
     def parse(self, value: Any, param: str) -> tuple[str, ...]:
         if isinstance(value, str):
@@ -137,12 +138,9 @@ class StopStrings:
         return tuple(self.item.parse(item, f"{param}[{index}]") for index, item in enumerate(value))
 
     def schema(self) -> Schema:
-        return {
-            "anyOf": [
-                self.item.schema(),
-                {"type": "array", "items": self.item.schema(), "maxItems": self.max_items},
-            ]
-        }
+        several = {"type": "array", "items": self.item.schema(), "maxItems": self.max_items}
+        described = {"description": self.description} if self.description else {}
+        return {"anyOf": [self.item.schema(), several], **described}
 
 
 @dataclass(frozen=True, slots=True)

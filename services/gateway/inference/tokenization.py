@@ -21,6 +21,7 @@ from services.gateway.inference.tokenizer_protocol import (
     CONTROL_TOKEN,
     MODEL_UNREADABLE,
     NO_CHAT_TEMPLATE,
+    NO_TOKENS,
     TEMPLATE_REFUSED,
 )
 from shared.chat_template import ChatTemplateError, compile_chat_template, render_chat_template
@@ -94,6 +95,15 @@ class LoadedTokenizer:
         first = next((i for i, added in enumerate(mask) if not added), 0)
         last = len(mask) - next((i for i, added in enumerate(reversed(mask)) if not added), 0)
         return ids[:first] + self._encode_as_text(text) + ids[last:]
+
+    def encode_word(self, word: str) -> list[list[int]]:
+        """The ways a word is spelled within a text, each once: at its beginning and after a space; one that itself begins with
+        a space only so."""
+        forms = [word] if word[:1].isspace() else [word, f" {word}"]
+        spelled = dict.fromkeys(tuple(self._encode_as_text(form)) for form in forms)
+        if () in spelled:
+            raise TokenizationRefused(NO_TOKENS, "the tokenizer makes nothing of a word")
+        return [list(ids) for ids in spelled]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The conversation in the model's own template, up to where the assistant speaks.

@@ -26,6 +26,7 @@ from services.gateway.inference.tokenizer_protocol import (
     Done,
     EncodeChat,
     EncodeTexts,
+    EncodeWords,
     Load,
     Refused,
     Spellings,
@@ -66,6 +67,9 @@ class Child:
             case EncodeTexts(folder, texts):
                 loaded = self._loaded[folder]
                 return Tokens([loaded.encode_text(text) for text in texts])
+            case EncodeWords(folder, words):
+                loaded = self._loaded[folder]
+                return Tokens([ids for word in words for ids in loaded.encode_word(word)])
             case EncodeChat(folder, messages):
                 return Tokens([self._loaded[folder].encode_chat(messages)])
             case Decode(folder, token_lists):

@@ -15,6 +15,7 @@ MODEL_UNREADABLE = "model_unreadable"
 NO_CHAT_TEMPLATE = "no_chat_template"
 TEMPLATE_REFUSED = "template_refused"
 CONTROL_TOKEN = "control_token"
+NO_TOKENS = "no_tokens"
 TOKENIZER_FAILED = "tokenizer_failed"
 
 
@@ -34,6 +35,12 @@ class Unload(Question, frozen=True, tag="unload"):
 
 class EncodeTexts(Question, frozen=True, tag="encode_texts"):
     texts: list[str]
+
+
+class EncodeWords(Question, frozen=True, tag="encode_words"):
+    """Answered by all spellings of all words."""
+
+    words: list[str]
 
 
 class EncodeChat(Question, frozen=True, tag="encode_chat"):
@@ -73,7 +80,7 @@ class Refused(msgspec.Struct, frozen=True, tag_field="op", tag="refused"):
     message: str
 
 
-AnyQuestion = Load | Unload | EncodeTexts | EncodeChat | Decode | SpellTokens
+AnyQuestion = Load | Unload | EncodeTexts | EncodeWords | EncodeChat | Decode | SpellTokens
 Answer = Tokens | Texts | Spellings | Done | Refused
 
 encoder = msgspec.json.Encoder()

@@ -23,6 +23,7 @@ from services.gateway.inference.tokenizer_protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
     NO_CHAT_TEMPLATE,
+    NO_TOKENS,
     TEMPLATE_REFUSED,
     TOKENIZER_FAILED,
     Answer,
@@ -31,6 +32,7 @@ from services.gateway.inference.tokenizer_protocol import (
     Done,
     EncodeChat,
     EncodeTexts,
+    EncodeWords,
     Load,
     Refused,
     Spellings,
@@ -49,7 +51,7 @@ BUSY_RETRY_S = 1
 RESPAWN_PAUSE_S = 0.5
 SPELLED_MODELS = 8
 
-_Query = EncodeTexts | EncodeChat | Decode | SpellTokens
+_Query = EncodeTexts | EncodeWords | EncodeChat | Decode | SpellTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,12 @@ class TokenizerPool:
     async def encode_texts(self, folder: str, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text. Raises ApiError."""
         answer = await self._ask(EncodeTexts(folder, list(texts)), "prompt")
+        assert isinstance(answer, Tokens)
+        return answer.token_lists
+
+    async def encode_words(self, folder: str, words: Sequence[str]) -> list[list[int]]:
+        """Token ids of each spelling of each word within a text. Raises ApiError."""
+        answer = await self._ask(EncodeWords(folder, list(words)), "bad_words")
         assert isinstance(answer, Tokens)
         return answer.token_lists
 
@@ -295,7 +303,7 @@ def _refusal(refused: Refused, param: str) -> ApiError:
         )
     if refused.code == TOKENIZER_FAILED:
         return bad_request("prompt_too_complex", f"The model's tokenizer cannot read the {param}.", param)
-    if refused.code == CONTROL_TOKEN:
+    if refused.code in (CONTROL_TOKEN, NO_TOKENS):
         return bad_request("invalid_value", f"{param} cannot be encoded as text: {refused.message}.", param)
     log.error("tokenizer_unreadable", code=refused.code, error=refused.message)
     return ApiError(503, "service_unavailable", "The model's tokenizer cannot be loaded.", retry_after_s=30)

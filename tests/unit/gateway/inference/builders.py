@@ -103,6 +103,9 @@ class InProcessTokenizers:
     async def encode_texts(self, folder: str, texts: Sequence[str]) -> list[list[int]]:
         return [self.loaded.encode_text(text) for text in texts]
 
+    async def encode_words(self, folder: str, words: Sequence[str]) -> list[list[int]]:
+        return [ids for word in words for ids in self.loaded.encode_word(word)]
+
     async def encode_chat(self, folder: str, messages: Sequence[ChatMessage]) -> list[int]:
         return self.loaded.encode_chat([{"role": m.role, "content": m.content} for m in messages])
 

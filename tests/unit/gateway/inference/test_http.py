@@ -11,12 +11,14 @@ from typing import Any
 from urllib.parse import unquote
 
 import aiohttp
+import msgspec
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from services.gateway.errors import ApiError, must_not_retry
 from services.gateway.inference.streams import StreamTimes
+from services.gateway.inference.tokenization import load_tokenizer
 from services.gateway.owner import OwnedStream
 from shared.messages import GenerateJob, TokenLogprob
 from tests.unit.gateway.inference.builders import (
@@ -118,6 +120,32 @@ async def test_chat_is_answered_whole(tmp_path: Path) -> None:
         0.0,
     )
     assert owner.voided == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": MODEL, "prompt": "x"}),
+        ("/v1/chat/completions", {"model": MODEL, "messages": HI}),
+        ("/models/acme/tiny/completions", {"prompt": "x"}),
+    ],
+)
+async def test_every_sampling_field_reaches_the_job(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    owner = FakeOwner(say_hello)
+    fields: dict[str, Any] = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.3,
+        "frequency_penalty": -0.3, "logit_bias": {"5": -2.5}, "seed": 11, "min_tokens": 2, "ignore_eos": True,
+    }  # fmt: skip
+    more = {"n": 2, "stop": ["END"], "stop_token_ids": [9], "max_tokens": 12, "bad_words": ["A", " B"]}
+    async with serving(owner, tmp_path) as url:
+        status, answer, _ = await post(url, path, {**body, **fields, **more})
+    assert status == 200, answer
+    (job,) = owner.jobs
+    sent = msgspec.to_builtins(job.sampling)
+    assert {name: sent[name] for name in fields} == {**fields, "logit_bias": [(5, -2.5)]}
+    assert (job.choices, job.stop, job.stop_token_ids, job.max_tokens) == (2, ["END"], [9], 12)
+    spell = load_tokenizer(tmp_path).spell
+    assert [b"".join(map(spell, ids)) for ids in job.sampling.bad_words] == [b"A", b" A", b" B"]
 
 
 def test_sync_client_works_unchanged(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_context_is_the_smaller_of_models_and_resources(
     ("wanted", "prompt_tokens", "max_tokens"),
     [
         (completion(max_tokens=10), 90, 10),
+        (completion(max_tokens=0, echo=True), 99, 0),
         (chat(), 10, 50),
         (chat(), 70, 30),
         (chat(), 99, 1),
@@ -155,6 +156,7 @@ def test_token_outside_of_the_vocabulary_is_refused(fields: dict[str, object], p
         ("failed", "resource_off", 409, "resource_off", False),
         ("failed", "poison", 500, "poison", False),
         ("failed", "context_length_exceeded", 400, "context_length_exceeded", True),
+        ("failed", "invalid_request", 400, "invalid_request", True),
         ("failed", "model_unavailable", 503, "model_unavailable", True),
         ("failed", None, 503, "generation_failed", True),
         ("cancelled", None, 503, "generation_failed", True),

@@ -38,6 +38,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "min_tokens": {"max_tokens": MAX_TOKENS},
     "top_logprobs": {"logprobs": True},
 }
+NEEDS_ECHO = ("completion", "max_tokens", 0)
 
 
 def numeric_fields() -> list[Any]:
@@ -76,6 +77,8 @@ def test_number_is_taken_at_its_limits_and_refused_beyond(
     beyond = [rule.high + step, rule.low if lowest != rule.low else rule.low - step, 10**19]
     for value in (lowest, rule.high):
         companions = {"n": value} if name == "best_of" else COMPANIONS.get(name, {})
+        if (door, name, value) == NEEDS_ECHO:
+            companions = {"echo": True}
         parse(door, **{**companions, name: value})
         assert is_valid(door, **{**companions, name: value})
     for value in beyond:
@@ -167,6 +170,10 @@ def test_unbuilt_field_takes_only_what_changes_nothing(door: str, name: str) -> 
         ({"stop": ["a", "b" * 65]}, "invalid_value", "stop[1]"),
         ({"stop": [1]}, "invalid_type", "stop[0]"),
         ({"stop": 1}, "invalid_type", "stop"),
+        ({"bad_words": ["a"] * 65}, "invalid_value", "bad_words"),
+        ({"bad_words": ["a", ""]}, "invalid_value", "bad_words[1]"),
+        ({"bad_words": ["b" * 65]}, "invalid_value", "bad_words[0]"),
+        ({"bad_words": [[1, 2]]}, "invalid_type", "bad_words[0]"),
         ({"stop_token_ids": [1] * 65}, "invalid_value", "stop_token_ids"),
         ({"stop_token_ids": [True]}, "invalid_type", "stop_token_ids[0]"),
         ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]"),
@@ -229,6 +236,7 @@ def test_chat_body_is_refused_by_name(fields: dict[str, Any], code: str, param: 
         ({"prompt": [2**31]}, "invalid_token_id", "prompt"),
         ({"prompt": ["a"] * 17}, "too_many_prompts", "prompt"),
         ({"prompt": [[1]] * 17}, "too_many_prompts", "prompt"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
         ({"best_of": 1, "n": 2}, "invalid_value", "best_of"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
@@ -286,6 +294,16 @@ def test_defaults_are_openais() -> None:
     assert parse("chat").max_tokens is None
     assert parse("completion", seed=0).sampling.seed == 0
     assert parse("completion", top_k=-1).sampling.top_k == 0
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_bad_words_are_kept_until_their_tokens_are_known(door: str) -> None:
+    request = parse(door, bad_words=["one", " two"])
+    assert (request.bad_words, request.sampling.bad_words) == (("one", " two"), [])
+    spelled = request.with_bad_words([[1], (2, 3)])
+    assert spelled.sampling.bad_words == [[1], [2, 3]]
+    assert spelled.sampling.seed == request.sampling.seed
+    assert parse(door).bad_words == parse(door, bad_words=[]).bad_words == ()
 
 
 def test_chat_logprobs_ask_for_the_drawn_token_alone_without_top() -> None:

@@ -29,6 +29,39 @@ def controls(tokens: list[int]) -> list[int]:
     return [token for token in tokens if token in CONTROL]
 
 
+@pytest.mark.parametrize(
+    ("word", "spelled"),
+    [
+        ("ab", [b"ab", b" ab"]),
+        (" ab", [b" ab"]),
+        ("\n", [b"\n"]),
+        ("ü", ["ü".encode(), " ü".encode()]),
+        ("<|end|>", [b"<|end|>", b" <|end|>"]),
+    ],
+)
+def test_a_word_is_spelled_as_at_the_beginning_and_after_a_space(
+    loaded: LoadedTokenizer, word: str, spelled: list[bytes]
+) -> None:
+    found = loaded.encode_word(word)
+    assert [b"".join(map(loaded.spell, ids)) for ids in found] == spelled
+    assert not any(controls(ids) for ids in found)
+
+
+def test_a_word_that_is_always_spelled_with_a_space_has_one_spelling() -> None:
+    """As SentencePiece does it: every text begins with a space."""
+    tokenizer = Tokenizer(models.BPE(vocab={"\u2581": 0, "a": 1, "\u2581a": 2}, merges=[("\u2581", "a")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Prepend("\u2581")])
+    assert LoadedTokenizer(tokenizer, None, {}).encode_word("a") == [[2]]
+
+
+def test_a_word_of_which_nothing_is_left_is_refused() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(TokenizationRefused) as caught:
+        LoadedTokenizer(tokenizer, None, {}).encode_word(" ")
+    assert caught.value.code == "no_tokens"
+
+
 def test_chat_is_encoded_as_the_rendered_template(loaded: LoadedTokenizer) -> None:
     tokens = loaded.encode_chat(user("hi", "you"))
     assert loaded.decode(tokens) == "<|bos|>user: hi<|end|>\nuser: you<|end|>\nassistant: "
