@@ -20,7 +20,8 @@ Pooling = Literal["mean", "last"]
 class EngineConfig:
     """kv_tokens: the KV pool in tokens, shared by all models. max_batch: sequences resident at once over all models.
 
-    prefill_chunk_tokens: prompts are cut at multiples of it, and one step prefills about this many tokens in all.
+    prefill_chunk_tokens: prompts are cut at multiples of it. step_tokens: what one step computes over all models; answers
+    take theirs first, prompts the rest. None: one chunk beside a full batch.
     block_tokens: of one block of the pool; kernels know 16 only.
     """
 
@@ -30,6 +31,7 @@ class EngineConfig:
     max_context_tokens: int = 2048
     kv_tokens: int = 32768
     prefill_chunk_tokens: int = 256
+    step_tokens: int | None = None
     block_tokens: int = 16
     threads: int = 1
 
@@ -99,6 +101,8 @@ class Delta:
     error: this sequence failed, alone and for good; `finish_reason` is None then.
     prompt_logprobs: with `echo_logprobs`, once: one entry for each prompt token after the first. embedding: with `pooling`,
     fp32 numbers, not normalised.
+    cached_prompt_tokens: of the prompt, how many were found computed, by an earlier request of the same team and model;
+    the same in all deltas of a sequence.
     """
 
     sequence_id: str
@@ -110,6 +114,7 @@ class Delta:
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] = ()
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

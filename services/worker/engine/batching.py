@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,28 +15,30 @@ REPLAY_TOKENS = 64
 MOST_PREEMPTIONS = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceView:
-    """A sequence as the decisions see it.
+    """A sequence as the decisions see it. One object for its whole life, kept up to date by `LiveSequence`: to build
+    256 of them anew for each step would cost as much as the decisions. Decisions only read it.
 
     arrival: order of `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
-    computed_tokens: of these, how many have keys and values in the pool. most_tokens: prompt and longest possible
-    answer. blocks: held now.
+    computed_tokens: of these, how many have keys and values in the pool. held_tokens: how many its blocks have room for.
+    most_tokens: prompt and longest possible answer.
     """
 
     sequence_id: str
     model: str
     arrival: int
     prompt_tokens: int
-    known_tokens: int
-    computed_tokens: int
     most_tokens: int
-    blocks: int = 0
+    known_tokens: int
+    computed_tokens: int = 0
+    held_tokens: int = 0
     preemptions: int = 0
 
     @property
     def is_decoding(self) -> bool:
-        return self.computed_tokens > 0 and self.computed_tokens == self.known_tokens - 1
+        """What is left is the last token of the answer so far."""
+        return self.prompt_tokens <= self.computed_tokens == self.known_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,72 +60,89 @@ class ModelBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
-    sequence_id: str
-    blocks: int
+class FoundPrefix:
+    """Blocks that hold a sequence's first tokens already. idle: of these, how many nobody holds: they count as free."""
+
+    blocks: int = 0
+    idle: int = 0
 
 
-def choose_admissions(
-    waiting: Sequence[SequenceView], running: int, free_blocks: int, max_batch: int, block_tokens: int
-) -> list[Admission]:
-    """Which waiting sequences start now, and with how many blocks.
+def choose_admission(
+    view: SequenceView, found: FoundPrefix, running: int, free_blocks: int, max_batch: int, block_tokens: int
+) -> int | None:
+    """Whether the first of those waiting starts now: with how many blocks beyond those found, or None.
 
-    1. In order of arrival; the first that cannot start holds back all behind it, so that a long one is not starved.
-    2. No place in the batch -> stop.
-    3. A sequence takes blocks for the tokens it knows and the next one; after MOST_PREEMPTIONS, for its full length.
-    4. One spare block for each sequence already running must remain, or the newcomer would be pre-empted at once.
+    Asked in order of arrival; who cannot start holds back all behind it, so that a long one is not starved.
+
+    1. No place in the batch -> None.
+    2. It takes blocks for the tokens it knows and the next one; after MOST_PREEMPTIONS, for its full length.
+    3. One spare block for each sequence already running must remain, or the newcomer would be pre-empted at once. Idle
+       blocks that it shares from now on are no longer free.
     """
-    admissions: list[Admission] = []
-    for view in sorted(waiting, key=lambda each: each.arrival):
-        residents = running + len(admissions)
-        if residents >= max_batch:
-            break
-        if view.preemptions >= MOST_PREEMPTIONS:
-            blocks = blocks_for(view.most_tokens, block_tokens)
-        else:
-            blocks = blocks_for(min(view.known_tokens + 1, view.most_tokens), block_tokens)
-        if blocks + residents > free_blocks:
-            break
-        admissions.append(Admission(view.sequence_id, blocks))
-        free_blocks -= blocks
-    return admissions
+    if running >= max_batch:
+        return None
+    if view.preemptions >= MOST_PREEMPTIONS:
+        tokens = view.most_tokens
+    else:
+        tokens = min(view.known_tokens + 1, view.most_tokens)
+    blocks = blocks_for(tokens, block_tokens) - found.blocks
+    return blocks if blocks + found.idle + running <= free_blocks else None
 
 
-def plan_step(running: Sequence[SequenceView], chunk_tokens: int, turn: int) -> list[ModelBatch]:
-    """What one step computes: one batch for each model with work.
+def plan_step(
+    running: Sequence[SequenceView], chunk_tokens: int, step_tokens: int, turn: int
+) -> list[ModelBatch]:
+    """What one step computes: one batch for each model with work. running: in order of arrival.
 
     1. Every decoding sequence decodes one token.
-    2. Prompts share `chunk_tokens`: the models take turns, beginning with number `turn` modulo their count; within a
-       model the oldest goes first, one chunk each.
+    2. Prompts share what that leaves of `step_tokens`: the models take turns, beginning with number `turn` modulo their
+       count; within a model the oldest goes first, one chunk each.
     3. A chunk ends at a multiple of `chunk_tokens` or with the prompt, never earlier: where a prompt is cut does not
-       depend on its neighbours. So the step's last chunk may overrun the shared amount, by less than one chunk.
-    4. At least one chunk is computed when any prompt waits.
+       depend on its neighbours. One that does not fit in what is left waits, and all of its model behind it.
+    4. The first chunk is computed whatever is left: each model has one whenever its turn comes first, so that answers
+       never starve prompts.
     5. No chunk reaches from the prompt into the answer: answer tokens that are computed again (after a resume or a
        pre-emption) go through the arithmetic of decoding, so that in any precision the rest follows as if unbroken.
     """
-    models = sorted({view.model for view in running})
-    decode: dict[str, list[str]] = {model: [] for model in models}
-    prompts: dict[str, list[SequenceView]] = {model: [] for model in models}
-    chunks: dict[str, list[Chunk]] = {model: [] for model in models}
-    for view in sorted(running, key=lambda each: each.arrival):
+    decode: dict[str, list[str]] = {}
+    prompts: dict[str, list[SequenceView]] = {}
+    for view in running:
         if view.is_decoding:
-            decode[view.model].append(view.sequence_id)
+            decode.setdefault(view.model, []).append(view.sequence_id)
         else:
-            prompts[view.model].append(view)
+            prompts.setdefault(view.model, []).append(view)
+    models = sorted({*decode, *prompts})
     first = turn % len(models) if models else 0
     order = models[first:] + models[:first]
-    tokens_left = chunk_tokens
-    while tokens_left > 0 and any(prompts.values()):
-        for model in order:
-            if tokens_left > 0 and prompts[model]:
-                chunk = next_chunk(prompts[model].pop(0), chunk_tokens)
-                chunks[model].append(chunk)
-                tokens_left -= chunk.count
+    tokens_left = step_tokens - sum(map(len, decode.values()))
+    chunks = _share_out(
+        [(model, prompts[model]) for model in order if model in prompts], chunk_tokens, tokens_left
+    )
     return [
-        ModelBatch(model, tuple(decode[model]), tuple(chunks[model]))
+        ModelBatch(model, tuple(decode.get(model, ())), tuple(chunks.get(model, ())))
         for model in order
-        if decode[model] or chunks[model]
+        if model in decode or model in chunks
     ]
+
+
+def _share_out(
+    prompts: Sequence[tuple[str, Sequence[SequenceView]]], chunk_tokens: int, tokens_left: int
+) -> dict[str, list[Chunk]]:
+    """Rules 2 to 4 of `plan_step`."""
+    chunks: dict[str, list[Chunk]] = {}
+    queues = deque((model, iter(views)) for model, views in prompts)
+    while queues:
+        model, views = queues.popleft()
+        view = next(views, None)
+        if view is None:
+            continue
+        chunk = next_chunk(view, chunk_tokens)
+        if chunk.count > tokens_left and chunks:
+            continue
+        chunks.setdefault(model, []).append(chunk)
+        tokens_left -= chunk.count
+        queues.append((model, views))
+    return chunks
 
 
 def next_chunk(view: SequenceView, chunk_tokens: int) -> Chunk:

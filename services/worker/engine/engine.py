@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
-from .batching import ModelBatch, choose_admissions, choose_victim, plan_step
+from .batching import ModelBatch, plan_step
 from .decoder import kv_dtype
-from .kv_cache import BlockAllocator, KVPool, blocks_for
+from .kv_cache import KVPool
 from .loading import LoadedModel, ModelLoader
+from .prefix_cache import BlockAllocator
+from .residents import Residents
 from .running import Outcome, Work, run_pass_isolated
 from .sequence import LiveSequence, make_sequence
 
@@ -33,32 +35,33 @@ class Engine:
         self.config = config
         self._device = torch.device(config.device)
         self._loader = ModelLoader(config, self._device)
-        self._allocator = BlockAllocator(config.kv_tokens // config.block_tokens)
+        self._blocks = BlockAllocator(config.kv_tokens // config.block_tokens)
         self._models_lock = threading.Lock()
         self._models: dict[str, LoadedModel] = {}
         self._loading: set[str] = set()
         self._pool: KVPool | None = None
-        self._running: dict[str, LiveSequence] = {}
-        self._waiting: dict[str, LiveSequence] = {}
+        self._residents = Residents(self._blocks, config.block_tokens, config.max_batch)
         self._finished_at_add: dict[str, LiveSequence] = {}
+        self._step_tokens = config.step_tokens or config.prefill_chunk_tokens + config.max_batch
         self._arrivals = 0
         self._steps = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._finished_at_add)
+        return bool(self._residents.running or self._residents.waiting or self._finished_at_add)
 
     @property
     def active_sequences(self) -> int:
-        return len(self._running)
+        return len(self._residents.running)
 
     @property
     def waiting_sequences(self) -> int:
-        return len(self._waiting) + len(self._finished_at_add)
+        return len(self._residents.waiting) + len(self._finished_at_add)
 
     @property
     def free_kv_tokens(self) -> int:
-        return self._allocator.free * self.config.block_tokens
+        """Room for new tokens: what is kept only in case someone asks for it again counts as free."""
+        return self._blocks.free * self.config.block_tokens
 
     def load_model(self, handle: str, folder: Path) -> ModelInfo:
         """Seconds of work, on the calling thread, which may be another than `step`'s; ready when it returns.
@@ -87,6 +90,7 @@ class Engine:
         with self._models_lock:
             if self._models.pop(handle, None) is None:
                 raise ValueError(f"model {handle} is not loaded")
+        self._blocks.forget_model(handle)
 
     def add(self, request: SequenceRequest) -> None:
         """Takes the request in; it starts at a later step. Raises EngineRefusal, and then nothing was kept."""
@@ -96,19 +100,19 @@ class Engine:
             raise EngineRefusal("unknown_model", f"model {request.model} is not loaded")
         if self._find(request.sequence_id) is not None:
             raise EngineRefusal("duplicate_sequence", f"sequence {request.sequence_id} is here already")
-        check_request(request, model.info, self._allocator.count * self.config.block_tokens)
-        sequence = make_sequence(request, model, self._arrivals, self._device)
+        check_request(request, model.info, self._blocks.count * self.config.block_tokens)
+        sequence = make_sequence(request, model, self._arrivals, self.config.block_tokens, self._device)
         self._arrivals += 1
         is_done = sequence.finish_reason is not None and not sequence.needs_prompt
-        (self._finished_at_add if is_done else self._waiting)[request.sequence_id] = sequence
+        if is_done:
+            self._finished_at_add[request.sequence_id] = sequence
+        else:
+            self._residents.enqueue(sequence)
 
     def cancel(self, sequence_id: str) -> None:
         """Frees its place and blocks now; no further delta comes. An unknown id is a no-op."""
         self._finished_at_add.pop(sequence_id, None)
-        self._waiting.pop(sequence_id, None)
-        sequence = self._running.pop(sequence_id, None)
-        if sequence is not None:
-            self._release_blocks(sequence)
+        self._residents.cancel(sequence_id)
 
     def step(self) -> StepReport:
         """One round: starts who fits, then for each model with work one token for each answer and a piece of prompts."""
@@ -118,12 +122,15 @@ class Engine:
     def _step(self) -> StepReport:
         deltas = [_closing_delta(sequence) for sequence in self._finished_at_add.values()]
         self._finished_at_add.clear()
-        self._admit()
-        self._ensure_decode_blocks()
-        views = [sequence.view() for sequence in self._running.values()]
+        self._residents.admit()
+        self._residents.make_room()
+        if self._pool is not None:
+            self._pool.clear(self._blocks.drain_uncleared())
+        views = [sequence.view for sequence in self._residents.running.values()]
         prefilled: list[str] = []
         prefill_tokens = decode_tokens = 0
-        for batch in plan_step(views, self.config.prefill_chunk_tokens, self._steps):
+        chunk_tokens = self.config.prefill_chunk_tokens
+        for batch in plan_step(views, chunk_tokens, self._step_tokens, self._steps):
             for outcome in self._run(batch):
                 deltas.extend(self._settle(outcome, prefilled))
             prefill_tokens += sum(chunk.count for chunk in batch.chunks)
@@ -131,46 +138,11 @@ class Engine:
         self._steps += 1
         return StepReport(deltas, prefill_tokens, decode_tokens, prefilled)
 
-    def _admit(self) -> None:
-        admissions = choose_admissions(
-            [sequence.view() for sequence in self._waiting.values()],
-            len(self._running),
-            self._allocator.free,
-            self.config.max_batch,
-            self.config.block_tokens,
-        )
-        for admission in admissions:
-            sequence = self._waiting.pop(admission.sequence_id)
-            sequence.blocks = self._allocator.take(admission.blocks)
-            self._running[admission.sequence_id] = sequence
-
-    def _ensure_decode_blocks(self) -> None:
-        """Each decoding sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
-        for sequence in sorted(self._running.values(), key=lambda each: each.arrival):
-            while sequence.sequence_id in self._running and len(sequence.blocks) < blocks_for(
-                len(sequence.known), self.config.block_tokens
-            ):
-                if self._allocator.free:
-                    sequence.blocks += self._allocator.take(1)
-                    continue
-                victim = choose_victim([each.view() for each in self._running.values()])
-                if victim is None:
-                    raise AssertionError("out of blocks, and everyone holds all it may need")
-                self._preempt(victim)
-
-    def _preempt(self, sequence_id: str) -> None:
-        """Back to waiting; its tokens are kept, its keys and values are computed again when it returns."""
-        sequence = self._running.pop(sequence_id)
-        self._release_blocks(sequence)
-        sequence.preemptions += 1
-        self._waiting[sequence_id] = sequence
-
     def _run(self, batch: ModelBatch) -> list[Outcome]:
-        works = [
-            Work(sequence, sequence.computed, 1)
-            for sequence in (self._running[sequence_id] for sequence_id in batch.decode)
-        ]
-        works += [Work(self._running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
+        running = self._residents.running
+        decoding = (running[sequence_id] for sequence_id in batch.decode)
+        works = [Work(sequence, sequence.view.computed_tokens, 1) for sequence in decoding]
+        works += [Work(running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
         assert self._pool is not None  # made with the first model
         return run_pass_isolated(self._models[batch.model].decoder, works, self._pool, self._device)
 
@@ -178,21 +150,24 @@ class Engine:
         """Books what the pass did for one sequence; the delta to report, if there is one."""
         sequence = outcome.work.sequence
         if outcome.error is not None:
-            self._leave(sequence)
-            return [Delta(sequence.sequence_id, sequence.generated, (), "", (), None, error=outcome.error)]
-        sequence.computed += outcome.work.count
-        if sequence.computed < len(sequence.known):
+            self._residents.leave(sequence, has_failed=True)
+            return [_failing_delta(sequence, outcome.error)]
+        sequence.view.computed_tokens += outcome.work.count
+        if sequence.view.computed_tokens < sequence.view.known_tokens:
             return []
         if not sequence.is_prefill_reported:
             sequence.is_prefill_reported = True
             prefilled.append(sequence.sequence_id)
         if outcome.sampled is None:
-            self._leave(sequence)
+            if sequence.request.pooling is not None:
+                self._residents.note_proven(sequence)
+            self._residents.leave(sequence)
             return [_closing_delta(sequence, sequence.embedding())]
+        self._residents.note_proven(sequence)
         token_start, prompt_logprobs = sequence.generated, sequence.take_prompt_logprobs()
         advance = sequence.advance(outcome.sampled.token)
         if advance.finish_reason is not None:
-            self._leave(sequence)
+            self._residents.leave(sequence)
         return [
             Delta(
                 sequence_id=sequence.sequence_id,
@@ -202,19 +177,9 @@ class Engine:
                 logprobs=() if outcome.sampled.logprob is None else (outcome.sampled.logprob,),
                 finish_reason=advance.finish_reason,
                 prompt_logprobs=prompt_logprobs,
+                cached_prompt_tokens=sequence.cached_prompt_tokens,
             )
         ]
-
-    def _leave(self, sequence: LiveSequence) -> None:
-        del self._running[sequence.sequence_id]
-        self._release_blocks(sequence)
-
-    def _release_blocks(self, sequence: LiveSequence) -> None:
-        if self._pool is not None:
-            self._pool.clear(sequence.blocks)
-        self._allocator.give_back(sequence.blocks)
-        sequence.blocks = []
-        sequence.computed = 0
 
     def _ensure_pool(self, model: LoadedModel) -> None:
         """One pool for all models; a first model, or one alone after the others are gone, sets its shape."""
@@ -227,20 +192,21 @@ class Engine:
             )
         self._pool = KVPool(
             model.spec.kv_shape,
-            self._allocator.count,
+            self._blocks.count,
             kv_dtype(self.config.precision),
             self._device,
             self.config.block_tokens,
         )
 
     def _find(self, sequence_id: str) -> LiveSequence | None:
-        for group in (self._running, self._waiting, self._finished_at_add):
+        for group in (self._residents.running, self._residents.waiting, self._finished_at_add):
             if sequence_id in group:
                 return group[sequence_id]
         return None
 
     def _live(self) -> list[LiveSequence]:
-        return [*self._running.values(), *self._waiting.values(), *self._finished_at_add.values()]
+        groups = (self._residents.running, self._residents.waiting, self._finished_at_add)
+        return [sequence for group in groups for sequence in group.values()]
 
 
 def check_config(config: EngineConfig) -> None:
@@ -253,6 +219,8 @@ def check_config(config: EngineConfig) -> None:
     for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "block_tokens", "threads"):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1")
+    if config.step_tokens is not None and config.step_tokens < 1:
+        problems.append("step_tokens must be at least 1")
     if config.kv_tokens < config.block_tokens:
         problems.append(f"kv_tokens must be at least {config.block_tokens}, one block")
     if problems:
@@ -311,4 +279,18 @@ def _closing_delta(sequence: LiveSequence, embedding: tuple[float, ...] = ()) ->
         sequence.finish_reason,
         prompt_logprobs=sequence.take_prompt_logprobs(),
         embedding=embedding,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
+    )
+
+
+def _failing_delta(sequence: LiveSequence, error: str) -> Delta:
+    return Delta(
+        sequence.sequence_id,
+        sequence.generated,
+        (),
+        "",
+        (),
+        None,
+        error=error,
+        cached_prompt_tokens=sequence.cached_prompt_tokens,
     )

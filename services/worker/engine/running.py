@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,16 +47,21 @@ class Outcome:
 def run_pass_isolated(
     decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device
 ) -> list[Outcome]:
-    """`run_pass`; when it breaks (out of memory, say), each work runs again alone, and only those that break fail.
+    """`run_pass`; when it breaks (out of memory, say), its halves run again, and theirs: only those that break alone fail.
 
     Running again is safe: a pass writes the same places of the pool, and a sequence's state changes only afterwards.
+    A GPU that broke gives no answers any more, to nobody: that one is raised.
     """
     try:
         return run_pass(decoder, works, pool, device)
-    except (RuntimeError, MemoryError) as problem:
+    except torch.AcceleratorError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - it becomes the outcome of the one sequence that it belongs to
         if len(works) == 1:
             return [Outcome(works[0], error=f"{type(problem).__name__}: {problem}")]
-    return [outcome for work in works for outcome in run_pass_isolated(decoder, [work], pool, device)]
+    middle = len(works) // 2
+    halves = (works[:middle], works[middle:])
+    return [outcome for half in halves for outcome in run_pass_isolated(decoder, half, pool, device)]
 
 
 def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device) -> list[Outcome]:
@@ -77,12 +83,12 @@ def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torc
         logits = decoder.logits(hidden[torch.tensor([ends[index] - 1 for index in drawing], device=device)])
         sampled = sample(logits, [works[index].sequence.sampling for index in drawing])
         for index, token in zip(drawing, sampled, strict=True):
-            error = NOT_FINITE if token is None else None
-            outcomes[index] = Outcome(works[index], token, error)
+            outcomes[index] = Outcome(works[index], token, NOT_FINITE if token is None else None)
     for index, (work, scores, pool_now) in enumerate(zip(works, prompt_scores, pooled, strict=True)):
         work.sequence.prompt_logprobs.extend(scores)
         work.sequence.pooled = pool_now
-        if pool_now.total is not None and not bool(torch.isfinite(pool_now.total).all()):
+        is_finite = pool_now.total is None or bool(torch.isfinite(pool_now.total).all())
+        if not is_finite or not all(math.isfinite(score.logprob) for score in scores):
             outcomes[index] = Outcome(work, error=NOT_FINITE)
     return outcomes
 

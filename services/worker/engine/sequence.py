@@ -12,6 +12,7 @@ from .batching import SequenceView
 from .detokenize import TextStream
 from .loading import LoadedModel
 from .pooling import Pooled, vector_of
+from .prefix_cache import PrefixNames, prefix_seed
 from .sampling import SamplingState, make_state
 
 
@@ -25,17 +26,22 @@ class Advance:
 
 @dataclass(slots=True)
 class LiveSequence:
-    """known: prompt and generated tokens. computed: of these, how many have keys and values in the pool."""
+    """known: prompt and generated tokens. names: of the blocks that they fill.
+
+    blocks: held, in order of the tokens; the first `findable_blocks` of them can be found by others of the same team.
+    cached_prompt_tokens: of the prompt, how many were found computed when it started.
+    """
 
     request: SequenceRequest
     model: LoadedModel
-    arrival: int
     text: TextStream
     sampling: SamplingState
     known: list[int]
-    computed: int = 0
+    view: SequenceView
+    names: PrefixNames
     blocks: list[int] = field(default_factory=list)
-    preemptions: int = 0
+    findable_blocks: int = 0
+    cached_prompt_tokens: int = 0
     is_prefill_reported: bool = False
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -62,11 +68,6 @@ class LiveSequence:
         """Whether the prompt has to be computed although nothing is left to generate: it is scored, or embedded."""
         return self.unscored_prompt > 0 or self.request.pooling is not None
 
-    @property
-    def reads_each_prompt_row(self) -> bool:
-        """Whether every position's output is wanted, so that none may be skipped as known from another sequence."""
-        return self.request.echo_logprobs or self.request.pooling == "mean"
-
     def embedding(self) -> tuple[float, ...]:
         """Once the whole prompt is computed; empty when none was asked for."""
         pooling = self.request.pooling
@@ -79,18 +80,19 @@ class LiveSequence:
         self.are_prompt_logprobs_taken = True
         return tuple(self.prompt_logprobs)
 
-    def view(self) -> SequenceView:
-        return SequenceView(
-            sequence_id=self.sequence_id,
-            model=self.model.info.handle,
-            arrival=self.arrival,
-            prompt_tokens=len(self.request.prompt_tokens),
-            known_tokens=len(self.known),
-            computed_tokens=self.computed,
-            most_tokens=len(self.request.prompt_tokens) + self.request.max_tokens,
-            blocks=len(self.blocks),
-            preemptions=self.preemptions,
-        )
+    @property
+    def reusable_tokens(self) -> int:
+        """How many of its first tokens need no computing when their keys and values are there already.
+
+        1. The last token's row is needed: it draws the next, or is the embedding.
+        2. Each row that scores a prompt token, or goes into a mean, is needed once, and everything after it.
+        """
+        tokens = len(self.known) - 1
+        if self.unscored_prompt:
+            tokens = min(tokens, len(self.prompt_logprobs))
+        if self.request.pooling == "mean":
+            tokens = min(tokens, self.pooled.rows)
+        return tokens
 
     def advance(self, token: int) -> Advance:
         """Takes a generated token, drawn now or replayed.
@@ -102,6 +104,7 @@ class LiveSequence:
         request = self.request
         index = self.generated
         self.known.append(token)
+        self.view.known_tokens += 1
         self.sampling.note(token)
         if index >= request.sampling.min_tokens and token in self._ending_tokens():
             return self._finish(self.text.flush(), "stop")
@@ -126,19 +129,27 @@ def ending_tokens(request: SequenceRequest, model: LoadedModel) -> tuple[int, ..
 
 
 def make_sequence(
-    request: SequenceRequest, model: LoadedModel, arrival: int, device: torch.device
+    request: SequenceRequest, model: LoadedModel, arrival: int, block_tokens: int, device: torch.device
 ) -> LiveSequence:
     """A sequence with its prior tokens replayed: finished already if these say so."""
     prompt: Sequence[int] = list(request.prompt_tokens)
     sequence = LiveSequence(
         request=request,
         model=model,
-        arrival=arrival,
         text=TextStream(model.byte_table, request.stop, request.sampling.min_tokens),
         sampling=make_state(
             request.sampling, prompt, ending_tokens(request, model), model.info.vocab_size, device
         ),
         known=list(prompt),
+        view=SequenceView(
+            sequence_id=request.sequence_id,
+            model=model.info.handle,
+            arrival=arrival,
+            prompt_tokens=len(prompt),
+            most_tokens=len(prompt) + request.max_tokens,
+            known_tokens=len(prompt),
+        ),
+        names=PrefixNames(prefix_seed(request.isolation_key, model.info.handle, adapter=None), block_tokens),
     )
     for token in request.prior_tokens:
         if sequence.finish_reason is None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from services.worker.engine.batching import (
-    Admission,
     Chunk,
+    FoundPrefix,
     ModelBatch,
     SequenceView,
-    choose_admissions,
+    choose_admission,
     choose_victim,
     plan_step,
 )
@@ -41,44 +41,36 @@ def decoding(sequence_id: str, arrival: int = 0, known: int = 20, **changes: Any
 
 
 @pytest.mark.parametrize(
-    ("waiting", "running", "free_blocks", "max_batch", "expected"),
+    ("waiting", "found", "running", "free_blocks", "expected"),
     [
-        pytest.param([], 0, 10, 4, [], id="nobody waits"),
-        pytest.param([view("a")], 0, 10, 4, [Admission("a", 2)], id="21 tokens take 2 blocks of 16"),
-        pytest.param([view("a", known_tokens=16)], 0, 10, 4, [Admission("a", 2)], id="the next token counts"),
+        pytest.param(view("a"), (0, 0), 0, 10, 2, id="21 tokens take 2 blocks of 16"),
+        pytest.param(view("a", known_tokens=16), (0, 0), 0, 10, 2, id="the next token counts"),
+        pytest.param(view("a", known_tokens=16, most_tokens=16), (0, 0), 0, 10, 1, id="unless there is none"),
+        pytest.param(view("a"), (0, 0), 9, 99, None, id="no place in the batch"),
+        pytest.param(view("a"), (0, 0), 8, 99, 2, id="the last place"),
+        pytest.param(view("a"), (0, 0), 0, 1, None, id="no room"),
+        pytest.param(view("a"), (0, 0), 3, 4, None, id="a spare block for each of those running"),
+        pytest.param(view("a"), (0, 0), 3, 5, 2, id="and not one more"),
+        pytest.param(view("a", known_tokens=90), (5, 0), 0, 1, 1, id="what others hold is not taken again"),
+        pytest.param(view("a", known_tokens=90), (5, 5), 0, 5, None, id="what is idle was counted as free"),
+        pytest.param(view("a", known_tokens=90), (5, 5), 0, 6, 1, id="and is enough with one more"),
         pytest.param(
-            [view("a", known_tokens=16, most_tokens=16)],
-            0,
-            10,
-            4,
-            [Admission("a", 1)],
-            id="unless there is none",
+            view("a", known_tokens=90), (5, 2), 1, 3, None, id="one spare, two shared: none is left"
         ),
-        pytest.param([view("b", 2), view("a", 1)], 0, 9, 1, [Admission("a", 2)], id="in order of arrival"),
-        pytest.param([view("a")], 4, 10, 4, [], id="no place in the batch"),
-        pytest.param([view("a")], 0, 1, 4, [], id="no room"),
-        pytest.param([view("a")], 3, 4, 9, [], id="a spare block for each of those running"),
-        pytest.param([view("a")], 3, 5, 9, [Admission("a", 2)], id="and not one more"),
-        pytest.param(
-            [view("big", 1, known_tokens=90), view("small", 2, known_tokens=1)],
-            0,
-            5,
-            9,
-            [],
-            id="the first holds all back",
-        ),
-        pytest.param(
-            [view("a", 1), view("b", 2)], 0, 4, 9, [Admission("a", 2)], id="newcomers are counted as running"
-        ),
-        pytest.param([view("a", preemptions=1)], 0, 9, 4, [Admission("a", 2)], id="once pre-empted"),
-        pytest.param([view("a", preemptions=2)], 0, 9, 4, [Admission("a", 7)], id="twice: its full length"),
-        pytest.param([view("a", preemptions=2)], 0, 6, 4, [], id="or nothing"),
+        pytest.param(view("a", known_tokens=90), (5, 2), 1, 4, 1, id="one spare, two shared, one taken"),
+        pytest.param(view("a", preemptions=1), (0, 0), 0, 9, 2, id="once pre-empted"),
+        pytest.param(view("a", preemptions=2), (0, 0), 0, 9, 7, id="twice: its full length"),
+        pytest.param(view("a", preemptions=2), (1, 1), 0, 9, 6, id="less what is found"),
+        pytest.param(view("a", preemptions=2), (0, 0), 0, 6, None, id="or nothing"),
     ],
 )
-def test_choose_admissions(
-    waiting: list[SequenceView], running: int, free_blocks: int, max_batch: int, expected: list[Admission]
+def test_choose_admission(
+    waiting: SequenceView, found: tuple[int, int], running: int, free_blocks: int, expected: int | None
 ) -> None:
-    assert choose_admissions(waiting, running, free_blocks, max_batch, block_tokens=16) == expected
+    chosen = choose_admission(
+        waiting, FoundPrefix(*found), running, free_blocks, max_batch=9, block_tokens=16
+    )
+    assert chosen == expected
 
 
 @pytest.mark.parametrize(
@@ -86,7 +78,7 @@ def test_choose_admissions(
     [
         pytest.param([], 0, [], id="nothing runs"),
         pytest.param(
-            [decoding("b", 2), decoding("a", 1)],
+            [decoding("a", 1), decoding("b", 2)],
             0,
             [ModelBatch("m", ("a", "b"), ())],
             id="all decode together",
@@ -119,10 +111,48 @@ def test_choose_admissions(
             id="prompts beside answers",
         ),
         pytest.param(
-            [view("a", 1, known_tokens=6), view("b", 2, known_tokens=16), view("c", 3)],
+            [view("a", 1, known_tokens=6), view("b", 2, known_tokens=14), view("c", 3)],
             0,
-            [ModelBatch("m", (), (Chunk("a", 0, 6), Chunk("b", 0, 16)))],
-            id="whole chunks until the amount is used",
+            [ModelBatch("m", (), (Chunk("a", 0, 6), Chunk("b", 0, 14)))],
+            id="whole chunks as long as they fit",
+        ),
+        pytest.param(
+            [view("a", 1, known_tokens=6), view("b", 2, known_tokens=15), view("c", 3, known_tokens=1)],
+            0,
+            [ModelBatch("m", (), (Chunk("a", 0, 6),))],
+            id="who does not fit holds back those behind",
+        ),
+        pytest.param(
+            [
+                view("a", 1, known_tokens=6),
+                view("b", 2, known_tokens=15),
+                view("c", 3, known_tokens=1, model="n"),
+            ],
+            0,
+            [ModelBatch("m", (), (Chunk("a", 0, 6),)), ModelBatch("n", (), (Chunk("c", 0, 1),))],
+            id="but not another model's",
+        ),
+        pytest.param(
+            [
+                *(decoding(f"d{n}", n) for n in range(14)),
+                view("a", 20, known_tokens=6),
+                view("b", 21, known_tokens=1),
+            ],
+            0,
+            [ModelBatch("m", tuple(f"d{n}" for n in range(14)), (Chunk("a", 0, 6),))],
+            id="answers leave less to prompts",
+        ),
+        pytest.param(
+            [*(decoding(f"d{n}", n) for n in range(30)), view("a", 40), view("b", 41)],
+            0,
+            [ModelBatch("m", tuple(f"d{n}" for n in range(30)), (Chunk("a", 0, 16),))],
+            id="but never nothing",
+        ),
+        pytest.param(
+            [view("a", known_tokens=17, computed_tokens=16)],
+            0,
+            [ModelBatch("m", (), (Chunk("a", 16, 1),))],
+            id="a prompt whose last token alone is left is a prompt",
         ),
         pytest.param(
             [view("a", 1), view("b", 2, model="n")],
@@ -145,14 +175,14 @@ def test_choose_admissions(
     ],
 )
 def test_plan_step(running: list[SequenceView], turn: int, expected: list[ModelBatch]) -> None:
-    assert plan_step(running, chunk_tokens=16, turn=turn) == expected
+    assert plan_step(running, chunk_tokens=16, step_tokens=20, turn=turn) == expected
 
 
 def test_a_chunk_never_reaches_from_the_prompt_into_the_answer() -> None:
     resumed = {"prompt_tokens": 20, "known_tokens": 200, "most_tokens": 300}
     computed, cuts = 0, []
     while computed < 199:
-        [batch] = plan_step([view("a", computed_tokens=computed, **resumed)], chunk_tokens=16, turn=0)
+        [batch] = plan_step([view("a", computed_tokens=computed, **resumed)], 16, 16, turn=0)
         [chunk] = batch.chunks or [Chunk("a", computed, 1)]
         cuts.append((chunk.start, chunk.count))
         computed += chunk.count
@@ -167,7 +197,7 @@ def test_plan_step_cuts_a_prompt_at_the_same_places_whatever_runs_beside_it() ->
             for n in range(rng.randrange(5))
         ]
         mine = view("mine", 10, known_tokens=50, computed_tokens=32)
-        for batch in plan_step([*neighbours, mine], chunk_tokens=16, turn=rng.randrange(4)):
+        for batch in plan_step([*neighbours, mine], 16, rng.randrange(1, 99), turn=rng.randrange(4)):
             for chunk in batch.chunks:
                 if chunk.sequence_id == "mine":
                     assert chunk == Chunk("mine", 32, 16)

@@ -194,8 +194,8 @@ def test_preempted_sequences_come_back_with_the_same_answer_and_at_most_two_reco
     preemptions: dict[str, int] = {}
 
     def note(_step: int) -> None:
-        for sequence in (*engine._running.values(), *engine._waiting.values()):
-            preemptions[sequence.sequence_id] = sequence.preemptions
+        for sequence in engine._live():
+            preemptions[sequence.sequence_id] = sequence.view.preemptions
 
     tight = run_all(engine, requests, before_step=note)
     assert {key: (a.tokens, a.text) for key, a in tight.items()} == {
@@ -227,16 +227,6 @@ def test_cancel_frees_the_place_at_once_and_later_deltas_never_come(tiny: TinyMo
     assert {delta.sequence_id for delta in engine.step().deltas} == {"next"}
     engine.cancel("gone")
     engine.cancel("never was")
-
-
-def test_freed_blocks_keep_nothing_of_the_sequence_that_held_them(tiny: TinyModel) -> None:
-    engine = make_engine(tiny.folder)
-    engine.add(make_request("a", [5] * 40, 50))
-    engine.step()
-    assert engine._pool is not None
-    assert engine._pool._pool.abs().sum() > 0
-    engine.cancel("a")
-    assert engine._pool._pool.abs().sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,15 @@
-"""Blocks are counted right, and the pool gives back what was written where it was written."""
+"""The pool gives back what was written where it was written."""
 
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from services.worker.engine.attention import padded_table_blocks
-from services.worker.engine.kv_cache import BLOCK_TOKENS, PADDING_BLOCK, BlockAllocator, KVPool, blocks_for
+from services.worker.engine.kv_cache import BLOCK_TOKENS, PADDING_BLOCK, KVPool, blocks_for
 
 CPU = torch.device("cpu")
 
@@ -26,31 +25,6 @@ def test_blocks_for(tokens: int, blocks: int) -> None:
 def test_padded_table_blocks_depends_on_the_length_alone(tokens: int, blocks: int) -> None:
     assert padded_table_blocks(tokens, 16) == blocks
     assert padded_table_blocks(tokens, 32) == blocks // 2
-
-
-def test_allocator_never_gives_a_block_twice_nor_the_padding_block() -> None:
-    rng = random.Random(1)
-    allocator = BlockAllocator(20)
-    held: list[list[int]] = []
-    for _ in range(500):
-        if held and rng.random() < 0.5:
-            allocator.give_back(held.pop(rng.randrange(len(held))))
-        elif allocator.free:
-            held.append(allocator.take(rng.randrange(1, allocator.free + 1)))
-        out = [block for blocks in held for block in blocks]
-        assert len(out) == len(set(out)) == 20 - allocator.free
-        assert PADDING_BLOCK not in out
-
-
-def test_allocator_refuses_more_than_it_has_and_a_block_given_back_twice() -> None:
-    allocator = BlockAllocator(3)
-    blocks = allocator.take(2)
-    with pytest.raises(ValueError, match="2 blocks asked, 1 free"):
-        allocator.take(2)
-    allocator.give_back(blocks)
-    with pytest.raises(ValueError, match="twice"):
-        allocator.give_back(blocks)
-    assert allocator.free == 3
 
 
 def test_gather_returns_each_token_where_it_was_written() -> None:
