@@ -22,7 +22,7 @@ from .residents import Residents
 from .running import Outcome, Work, run_pass_isolated
 from .sequence import LiveSequence, make_sequence
 
-_PRECISIONS = ("fp32", "bf16", "int8")
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 class Engine:

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from .decoder import activation_dtype
+
 # Rows below this have no information left; the bound keeps the division finite.
 _SMALLEST_SCALE = 1e-12
 _ABSMAX_INT8 = 127
@@ -121,13 +123,13 @@ def make_linear(
     device: torch.device,
     scratch: Int8Scratch,
 ) -> Linear:
-    """weight: (outputs, inputs), any floating dtype. precision: "fp32", "bf16" or "int8" (CPU only).
+    """weight: (outputs, inputs), any floating dtype. precision: "fp32", "bf16", "fp16" or "int8" (CPU only).
 
     scratch: shared by linears of which only one runs at a time.
     """
     if precision == "int8":
         return Int8Linear(weight.float(), bias, scratch)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = activation_dtype(precision)
     weight = weight.to(device=device, dtype=dtype)
     bias = None if bias is None else bias.to(device=device, dtype=dtype)
     if device.type == "cpu" and _can_pack(dtype):
@@ -138,4 +140,6 @@ def make_linear(
 def _can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,9 +11,10 @@ import torch
 
 from .api import EngineConfig, ModelInfo
 from .decoder import Decoder
+from .decoder_choice import make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
+from .family_weights import FamilyWeights
 from .spec import DecoderSpec, read_spec
-from .torch_decoder import TorchDecoder
 from .weights import Checkpoint
 
 
@@ -36,7 +37,9 @@ class ModelLoader:
         """Raises ModelRefusal."""
         spec = read_spec(folder)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            decoder = TorchDecoder(spec, checkpoint, self._config.precision, self._device)
+            weights = FamilyWeights(spec, checkpoint)
+            decoder = make_decoder(spec, weights, self._config.precision, self._device)
+            weights.check_nothing_is_left()
         info = ModelInfo(
             handle=handle,
             weight_bytes=decoder.weight_bytes,

@@ -1,19 +1,17 @@
 """A decoder described by values: read from a checkpoint's config.json, refused when it asks for what we do not do.
 
-A new model type starts here: a new field where it differs, a new row in `_FAMILIES`. Weights and arithmetic are
-elsewhere (`weights.py`, `decoder.py`).
+Which keys of the config mean what stands in `families.py`; weights and arithmetic are elsewhere.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .api import ModelRefusal
+from .config_file import Config, flag, named, number, positive, read_json, token_ids
+from .families import FAMILIES, Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,78 +76,87 @@ class DecoderSpec:
         return self.layers, self.kv_heads, self.head_dim
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What a model type fixes in its code and therefore does not say in config.json. None: config.json says it."""
-
-    qkv_bias: bool | None = None
-    output_bias: bool | None = None
-    mlp_bias: bool | None = None
-    qk_norm: bool = False
+class NotDescribed(ModelRefusal):
+    """Our decoders have no description of this computation; transformers' own module may serve it."""
 
 
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(),
-    "mistral": _Family(qkv_bias=False, output_bias=False, mlp_bias=False),
-    "qwen2": _Family(qkv_bias=True, output_bias=False, mlp_bias=False),
-    "qwen3": _Family(mlp_bias=False, qk_norm=True),
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
 }
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+_ROPE_KINDS = ("default", "linear", "llama3")
 
 
 def read_spec(folder: Path) -> DecoderSpec:
-    """Reads config.json and, where there is one, generation_config.json. Raises ModelRefusal."""
-    config = _read_json(folder / "config.json")
+    """Reads config.json and, where there is one, generation_config.json. Raises ModelRefusal, NotDescribed."""
+    return spec_from_config(*read_configs(folder))
+
+
+def read_configs(folder: Path) -> tuple[Config, Config]:
     generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.exists() else {}
-    return spec_from_config(config, generation)
+    return read_json(folder / "config.json"), read_json(generation_path) if generation_path.exists() else {}
 
 
-def spec_from_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> DecoderSpec:
-    """generation: generation_config.json, whose eos_token_id wins over config.json's. Raises ModelRefusal."""
-    model_type = config.get("model_type")
-    family = _FAMILIES.get(str(model_type))
-    if family is None:
-        raise ModelRefusal(
-            f"config.json: model_type {model_type!r} is not served; known: {', '.join(_FAMILIES)}"
-        )
-    activation = str(config.get("hidden_act", "silu"))
-    if activation not in _ACTIVATIONS:
-        raise ModelRefusal(
-            f"config.json: hidden_act {activation!r} is not served; known: {', '.join(_ACTIVATIONS)}"
-        )
-    heads = _positive(config, "num_attention_heads")
-    kv_heads = _positive(config, "num_key_value_heads", heads)
+def spec_from_config(config: Config, generation: Config) -> DecoderSpec:
+    """generation: generation_config.json, whose eos_token_id wins over config.json's.
+
+    Raises NotDescribed for what transformers may still compute, ModelRefusal for what nobody should.
+    """
+    family = _family(config)
+    keys = family.keys
+    heads = positive(config, keys.heads)
+    kv_heads = positive(config, keys.kv_heads, heads) if keys.kv_heads else heads
     if heads % kv_heads:
         raise ModelRefusal(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
-    hidden_size = _positive(config, "hidden_size")
-    head_dim = _positive(config, "head_dim", hidden_size // heads)
-    attention_bias = bool(config.get("attention_bias", False))
+    if heads % family.qkv_groups:
+        raise ModelRefusal(f"config.json: {heads} attention heads do not make {family.qkv_groups} groups")
+    hidden_size = positive(config, keys.hidden_size)
+    head_dim = (
+        positive(config, keys.head_dim, hidden_size // heads) if keys.head_dim else hidden_size // heads
+    )
+    if not keys.head_dim and hidden_size % heads:
+        raise ModelRefusal(
+            f"config.json: {heads} attention heads do not divide the hidden size {hidden_size}"
+        )
+    for key in family.as_hidden_size:
+        if config.get(key) not in (None, hidden_size):
+            raise NotDescribed(
+                f"config.json: {key} {config[key]!r} other than the hidden size is not described"
+            )
+    layers = positive(config, keys.layers)
+    is_parallel = family.residual != "parallel_two_norms" or flag(config, "use_parallel_residual", True)
     return DecoderSpec(
-        model_type=str(model_type),
-        vocab_size=_positive(config, "vocab_size"),
+        model_type=str(config["model_type"]),
+        vocab_size=positive(config, ("vocab_size",)),
         hidden_size=hidden_size,
-        intermediate_size=_positive(config, "intermediate_size"),
-        layers=_positive(config, "num_hidden_layers"),
+        intermediate_size=positive(config, keys.intermediate_size or ("",), 4 * hidden_size),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm="rms",
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        activation=_ACTIVATIONS[activation],
-        is_gated=True,
-        residual="sequential",
-        position="rope",
-        rope=_rope(config, head_dim),
-        has_embedding_norm=False,
-        max_positions=_max_positions(config),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)) if family.mlp_bias is None else family.mlp_bias,
-        head_bias=False,
+        norm=family.norm,
+        norm_eps=number(config, keys.norm_eps, family.norm_eps_default),
+        activation=_activation(config, family),
+        is_gated=family.is_gated,
+        residual=family.residual if is_parallel else "sequential",
+        position=family.position,
+        rope=_rope(config, family, head_dim) if family.position == "rope" else None,
+        has_embedding_norm=family.names.embedding_norm is not None,
+        max_positions=_max_positions(config, family, layers),
+        tied_embeddings=flag(config, "tie_word_embeddings", family.is_tied_by_default),
+        qkv_bias=_bias(config, family.qkv_bias),
+        output_bias=_bias(config, family.output_bias),
+        mlp_bias=_bias(config, family.mlp_bias),
+        head_bias=family.head_bias,
         qk_norm=family.qk_norm,
-        eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id")),
+        eos_token_ids=token_ids(generation.get("eos_token_id")) or token_ids(config.get("eos_token_id")),
     )
 
 
@@ -167,6 +174,17 @@ def rotary_frequencies(rope: RopeSpec) -> list[float]:
     return frequencies
 
 
+def alibi_slopes(heads: int) -> list[float]:
+    """What each head subtracts from a score per token of distance.
+
+    Source: ALiBi (arXiv 2108.12409) section 3 for powers of two; other counts take the next power's odd ones, as the
+    paper's published code and BLOOM do.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (index + 1) / power) for index in range(power)]
+    return slopes + [2.0 ** (-4.0 * (2 * index + 1) / power) for index in range(heads - power)]
+
+
 def _llama3_frequency(frequency: float, rope: RopeSpec) -> float:
     turns = rope.original_max_positions * frequency / (2 * math.pi)
     if turns > rope.high_freq_factor:
@@ -177,65 +195,116 @@ def _llama3_frequency(frequency: float, rope: RopeSpec) -> float:
     return (1 - share) * frequency / rope.factor + share * frequency
 
 
-def _rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    """Newer checkpoints say `rope_parameters`, older ones `rope_theta` and `rope_scaling` with `type` or `rope_type`."""
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if kind not in ("default", "linear", "llama3"):
-        raise ModelRefusal(f"config.json: rope type {kind!r} is not served; known: default, linear, llama3")
-    if float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ModelRefusal("config.json: partial_rotary_factor other than 1 is not served")
+def _family(config: Config) -> Family:
+    if config.get("quantization_config") is not None:
+        raise ModelRefusal(
+            "config.json: quantized checkpoints are not served; bring the full-precision weights"
+        )
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise NotDescribed(
+            f"config.json: model_type {model_type!r} is not described; known: {', '.join(FAMILIES)}"
+        )
+    for key, value in family.fixed.items():
+        if flag(config, key, value) != value:
+            raise NotDescribed(f"config.json: {key} {config[key]!r} is not described for {model_type}")
+    return family
+
+
+def _activation(config: Config, family: Family) -> str:
+    name = named(config, family.keys.activation) or family.activation_default
+    if name not in _ACTIVATIONS:
+        raise NotDescribed(
+            f"config.json: {family.keys.activation[0]} {name!r} is not described; known: {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _bias(config: Config, bias: bool | tuple[str, bool]) -> bool:
+    return bias if isinstance(bias, bool) else flag(config, *bias)
+
+
+def _rope(config: Config, family: Family, head_dim: int) -> RopeSpec:
+    if family.rope == "gptj":
+        # null would turn all of the hidden size as if it were one head; nothing is published that way.
+        return RopeSpec(
+            10000.0, _rotary_dim(positive(config, ("rotary_dim",)), head_dim), is_interleaved=True
+        )
+    settings = _rope_settings(config)
+    if family.rope == "neox":
+        theta = number(config, ("rotary_emb_base",), 10000.0)
+        share = number(settings, ("partial_rotary_factor",), number(config, ("rotary_pct",), 0.25))
+    else:
+        theta = number(config, ("rope_theta",), 10000.0)
+        share = number(settings, ("partial_rotary_factor",), number(config, ("partial_rotary_factor",), 1.0))
+        if share != 1.0:
+            raise NotDescribed("config.json: partial_rotary_factor other than 1 is not described")
+    return _scaled_rope(
+        settings, number(settings, ("rope_theta",), theta), _rotary_dim(int(head_dim * share), head_dim)
+    )
+
+
+def _rope_settings(config: Config) -> Config:
+    """Newer checkpoints say `rope_parameters`, older ones `rope_scaling`; which wins, readers do not agree on."""
+    newer, older = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if newer and older and newer != older:
+        raise ModelRefusal("config.json: rope_parameters and rope_scaling differ")
+    settings = newer or older
+    if not isinstance(settings, dict):
+        raise ModelRefusal("config.json: rope settings must be an object")
+    return settings
+
+
+def _scaled_rope(settings: Config, theta: float, rotary_dim: int) -> RopeSpec:
+    kind = str(settings.get("rope_type", settings.get("type", "default")))
+    if kind not in _ROPE_KINDS:
+        raise NotDescribed(
+            f"config.json: rope type {kind!r} is not described; known: {', '.join(_ROPE_KINDS)}"
+        )
     if kind == "default":
-        return RopeSpec(theta, head_dim)
+        return RopeSpec(theta, rotary_dim)
     try:
         if kind == "linear":
-            return RopeSpec(theta, head_dim, kind=kind, factor=float(parameters["factor"]))
+            return RopeSpec(theta, rotary_dim, kind=kind, factor=float(settings["factor"]))
         return RopeSpec(
             theta,
-            head_dim,
+            rotary_dim,
             kind=kind,
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_positions=int(parameters["original_max_position_embeddings"]),
+            factor=float(settings["factor"]),
+            low_freq_factor=float(settings["low_freq_factor"]),
+            high_freq_factor=float(settings["high_freq_factor"]),
+            original_max_positions=int(settings["original_max_position_embeddings"]),
         )
     except KeyError as missing:
         raise ModelRefusal(f"config.json: rope type {kind!r} without {missing}") from missing
+    except (TypeError, ValueError) as problem:
+        raise ModelRefusal(f"config.json: rope type {kind!r}: {problem}") from problem
 
 
-def _max_positions(config: Mapping[str, Any]) -> int:
-    positions = _positive(config, "max_position_embeddings", 2048)
-    window = config.get("sliding_window")
-    if isinstance(window, int) and config.get("use_sliding_window", True):
-        return min(positions, window)
-    return positions
+def _rotary_dim(rotary_dim: int, head_dim: int) -> int:
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        raise ModelRefusal(f"config.json: cannot turn {rotary_dim} of a head's {head_dim} channels in pairs")
+    return rotary_dim
 
 
-def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelRefusal(f"config.json: {name} must be a positive integer, got {value!r}")
-    return value
+def _max_positions(config: Config, family: Family, layers: int) -> int:
+    positions = positive(config, family.keys.positions, family.positions_default)
+    return min([positions, *_windows(config, family, layers)])
 
 
-def _token_ids(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, int):
-        return (value,)
-    if isinstance(value, list) and all(isinstance(item, int) for item in value):
-        return tuple(value)
-    raise ModelRefusal(f"eos_token_id must be an integer or a list of integers, got {value!r}")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise ModelRefusal(f"{path.name}: {problem}") from problem
-    if not isinstance(value, dict):
-        raise ModelRefusal(f"{path.name}: must hold a JSON object")
-    return value
+def _windows(config: Config, family: Family, layers: int) -> list[int]:
+    """Lengths of the sliding windows of those layers that have one."""
+    if family.windows == "mistral":
+        # Left out is not the same as null.
+        has_window = config.get("sliding_window", 4096) is not None
+        return [positive(config, ("sliding_window",), 4096)] if has_window else []
+    if family.windows == "qwen" and flag(config, "use_sliding_window", False):
+        kinds = config.get("layer_types")
+        if kinds is None:
+            first = config.get("max_window_layers", 28)
+            has_window = type(first) is not int or first < layers
+        else:
+            has_window = "sliding_attention" in kinds
+        return [positive(config, ("sliding_window",), 4096)] if has_window else []
+    return []

@@ -1,7 +1,7 @@
-"""The decoder's forward pass over packed tokens. Knows shapes and arithmetic, not requests.
+"""The decoder on plain torch operations: every described model type, every precision, any device. The reference.
 
 fp32 follows transformers' order of operations closely enough that greedy tokens are equal (tests compare them);
-bf16 keeps norms' inner sums and softmax in fp32. With int8 weights activations are fp32 and the KV pool is bf16.
+bf16 and fp16 keep norms' inner sums and softmax in fp32. With int8 weights activations are fp32 and the KV pool is bf16.
 """
 
 from __future__ import annotations
@@ -12,39 +12,38 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .api import ModelRefusal
-from .attention import attend, plan_attention
+from .attention import AttentionPlan, attend, plan_attention
 from .decoder import activation_dtype
+from .decoder_weights import DecoderWeights, LayerWeights, LinearWeights, NormWeights
 from .kv_cache import KVPool
 from .linear import Int8Scratch, Linear, make_linear
 from .packing import PackedTokens
-from .spec import DecoderSpec, rotary_frequencies
-from .weights import Checkpoint
+from .spec import DecoderSpec, RopeSpec, alibi_slopes, rotary_frequencies
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    attention_norm: torch.Tensor
-    qkv: Linear
+    """products: by the names of `LayerWeights`' fields. mlp_norm: None where attention and MLP read the same norm."""
+
+    attention_norm: NormWeights
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    attention_output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlp_norm: NormWeights | None
+    products: dict[str, Linear]
 
 
 class TorchDecoder:
     """Weights of one model in one precision."""
 
     def __init__(
-        self, spec: DecoderSpec, checkpoint: Checkpoint, precision: str, device: torch.device
+        self, spec: DecoderSpec, weights: DecoderWeights, precision: str, device: torch.device
     ) -> None:
         """Reads and packs all weights: seconds of work for a large model, on the calling thread. Raises ModelRefusal."""
         self.spec = spec
@@ -52,54 +51,37 @@ class TorchDecoder:
         self._dtype = activation_dtype(precision)
         self._scratch = Int8Scratch()
         self._activation = _ACTIVATIONS[spec.activation]
-        embedding = checkpoint.take("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         # Kept as the mapped file's view where the device allows: only rows of tokens in use are ever read from it.
-        self._embedding = embedding.to(device)
-        self._layers = [self._load_layer(checkpoint, layer) for layer in range(spec.layers)]
-        self._final_norm = self._vector(checkpoint, "model.norm.weight", spec.hidden_size)
-        head = (
-            embedding if spec.tied_embeddings else checkpoint.take("lm_head.weight", tuple(embedding.shape))
+        self._embedding = weights.embedding.to(device)
+        table = weights.position_table
+        self._position_table = None if table is None else self._vector(table)
+        self._embedding_norm = (
+            None if weights.embedding_norm is None else self._norm_of(weights.embedding_norm)
         )
-        self._head = make_linear(head, None, precision, device, self._scratch)
-        self._cos, self._signed_sin = self._rotary_tables()
-        leftover = [
-            name for name in checkpoint.untaken() if not (spec.tied_embeddings and name == "lm_head.weight")
-        ]
-        if leftover:
-            raise ModelRefusal(
-                f"safetensors: config.json does not explain {len(leftover)} tensors, such as {leftover[0]}"
-            )
+        self._layers = [self._make_layer(weights.layer(index)) for index in range(spec.layers)]
+        self._final_norm = self._norm_of(weights.final_norm)
+        self._head = self._linear(weights.head)
+        self._slopes = (
+            torch.tensor(alibi_slopes(spec.heads), device=device) if spec.position == "alibi" else None
+        )
+        self._rotary = (
+            None if spec.rope is None else _rotary_tables(spec.rope, spec.max_positions, self._dtype, device)
+        )
         self.weight_bytes = self._count_bytes()
 
     def forward(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
         """See `decoder.Decoder`."""
-        spec = self.spec
-        plan = plan_attention(batch.spans, pool, self._device)
-        tokens = torch.tensor(batch.tokens, device=self._device)
-        turning_heads = spec.heads + spec.kv_heads
-        hidden = functional.embedding(tokens, self._embedding).to(self._dtype)
-        cos, signed_sin = (
-            self._cos[plan.positions].unsqueeze(1),
-            self._signed_sin[plan.positions].unsqueeze(1),
-        )
+        plan = plan_attention(batch.spans, pool, self._device, self._slopes)
+        hidden = self._embed(batch, plan)
+        turns = self._turns(plan)
         for index, layer in enumerate(self._layers):
-            mixed = layer.qkv(self._norm(hidden, layer.attention_norm))
-            heads = mixed.view(len(tokens), turning_heads + spec.kv_heads, spec.head_dim)
-            turned = heads[:, :turning_heads]
-            if layer.query_norm is not None and layer.key_norm is not None:
-                queries, keys = turned[:, : spec.heads], turned[:, spec.heads :]
-                turned = torch.cat(
-                    (self._norm(queries, layer.query_norm), self._norm(keys, layer.key_norm)), dim=1
-                )
-            # roll swaps a head's halves; the sine's first half carries the minus sign of the rotation.
-            turned = torch.addcmul(turned * cos, turned.roll(spec.head_dim // 2, dims=-1), signed_sin).to(
-                pool.dtype
-            )
-            pool.write(index, plan.places, turned[:, spec.heads :], heads[:, turning_heads:].to(pool.dtype))
-            attended = attend(turned[:, : spec.heads], plan, pool, index).view(len(tokens), -1)
-            hidden = hidden + layer.attention_output(attended.to(self._dtype))
-            gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(self._activation(gate) * up)
+            normed = self._norm(hidden, layer.attention_norm)
+            attended = self._attention(index, normed, turns, batch, plan, pool)
+            if self.spec.residual == "sequential":
+                hidden = hidden + attended
+                hidden = hidden + self._mlp(index, self._mlp_input(layer, hidden, normed), batch)
+            else:
+                hidden = hidden + (attended + self._mlp(index, self._mlp_input(layer, hidden, normed), batch))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -110,76 +92,125 @@ class TorchDecoder:
         """See `decoder.Decoder`."""
         return self._norm(hidden, self._final_norm).float()
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _embed(self, batch: PackedTokens, plan: AttentionPlan) -> torch.Tensor:
+        tokens = torch.tensor(batch.tokens, device=self._device)
+        hidden = functional.embedding(tokens, self._embedding).to(self._dtype)
+        if self._position_table is not None:
+            hidden = hidden + self._position_table[plan.positions]
+        return hidden if self._embedding_norm is None else self._norm(hidden, self._embedding_norm)
+
+    def _attention(
+        self,
+        index: int,
+        normed: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        batch: PackedTokens,
+        plan: AttentionPlan,
+        pool: KVPool,
+    ) -> torch.Tensor:
+        spec, layer = self.spec, self._layers[index]
+        turning_heads = spec.heads + spec.kv_heads
+        mixed = self._project(index, "qkv", normed, batch)
+        heads = mixed.view(len(mixed), turning_heads + spec.kv_heads, spec.head_dim)
+        turned = heads[:, :turning_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = turned[:, : spec.heads], turned[:, spec.heads :]
+            turned = torch.cat((self._rms(queries, layer.query_norm), self._rms(keys, layer.key_norm)), dim=1)
+        if turns is not None:
+            turned = self._turn(turned, *turns)
+        turned = turned.to(pool.dtype)
+        pool.write(index, plan.places, turned[:, spec.heads :], heads[:, turning_heads:].to(pool.dtype))
+        attended = attend(turned[:, : spec.heads], plan, pool, index).view(len(mixed), -1)
+        return self._project(index, "attention_output", attended.to(self._dtype), batch)
+
+    def _mlp(self, index: int, normed: torch.Tensor, batch: PackedTokens) -> torch.Tensor:
+        inner = self._project(index, "mlp_in", normed, batch)
+        if self.spec.is_gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self._activation(gate) * up
+        else:
+            inner = self._activation(inner)
+        return self._project(index, "mlp_out", inner, batch)
+
+    def _mlp_input(self, layer: _Layer, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return normed if layer.mlp_norm is None else self._norm(hidden, layer.mlp_norm)
+
+    def _project(self, index: int, name: str, x: torch.Tensor, batch: PackedTokens) -> torch.Tensor:
+        """Every product of a layer goes through here: the place where adapters of the batch's spans add theirs."""
+        return self._layers[index].products[name](x)
+
+    def _turns(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and signed sines of the rows' positions, each (rows, 1, rotary_dim); None without rotation."""
+        if self._rotary is None:
+            return None
+        cos, signed_sin = self._rotary
+        return cos[plan.positions].unsqueeze(1), signed_sin[plan.positions].unsqueeze(1)
+
+    def _turn(self, heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+        """heads: (rows, heads, head_dim), of which the first rotary_dim channels turn.
+
+        Each channel meets its partner times the sine, whose sign is in the table.
+        """
+        assert self.spec.rope is not None
+        rotary_dim = self.spec.rope.rotary_dim
+        turning = heads[..., :rotary_dim]
+        if self.spec.rope.is_interleaved:
+            partners = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partners = turning.roll(rotary_dim // 2, dims=-1)
+        turned = torch.addcmul(turning * cos, partners, signed_sin)
+        if rotary_dim == self.spec.head_dim:
+            return turned
+        return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
+
+    def _norm(self, x: torch.Tensor, norm: NormWeights) -> torch.Tensor:
+        if self.spec.norm == "rms":
+            return self._rms(x, norm.weight)
+        return functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, self.spec.norm_eps)
+
+    def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
 
-    def _load_layer(self, checkpoint: Checkpoint, index: int) -> _Layer:
-        spec, prefix = self.spec, f"model.layers.{index}."
-        query_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-
-        def linear(names: tuple[str, ...], outputs: tuple[int, ...], inputs: int, has_bias: bool) -> Linear:
-            """One product for layers that read the same input."""
-            weights = [
-                checkpoint.take(f"{prefix}{name}.weight", (size, inputs))
-                for name, size in zip(names, outputs, strict=True)
-            ]
-            bias = None
-            if has_bias:
-                bias = torch.cat(
-                    [
-                        checkpoint.take(f"{prefix}{name}.bias", (size,))
-                        for name, size in zip(names, outputs, strict=True)
-                    ]
-                )
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            return make_linear(weight, bias, self._precision, self._device, self._scratch)
-
-        attention, mlp = "self_attn.", "mlp."
+    def _make_layer(self, weights: LayerWeights) -> _Layer:
         return _Layer(
-            attention_norm=self._vector(checkpoint, f"{prefix}input_layernorm.weight", spec.hidden_size),
-            qkv=linear(
-                (attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-                (query_size, kv_size, kv_size),
-                spec.hidden_size,
-                spec.qkv_bias,
-            ),
-            query_norm=self._head_norm(checkpoint, f"{prefix}{attention}q_norm.weight"),
-            key_norm=self._head_norm(checkpoint, f"{prefix}{attention}k_norm.weight"),
-            attention_output=linear(
-                (attention + "o_proj",), (spec.hidden_size,), query_size, spec.output_bias
-            ),
-            mlp_norm=self._vector(checkpoint, f"{prefix}post_attention_layernorm.weight", spec.hidden_size),
-            gate_up=linear(
-                (mlp + "gate_proj", mlp + "up_proj"),
-                (spec.intermediate_size, spec.intermediate_size),
-                spec.hidden_size,
-                spec.mlp_bias,
-            ),
-            down=linear((mlp + "down_proj",), (spec.hidden_size,), spec.intermediate_size, spec.mlp_bias),
+            attention_norm=self._norm_of(weights.attention_norm),
+            query_norm=None if weights.query_norm is None else self._vector(weights.query_norm),
+            key_norm=None if weights.key_norm is None else self._vector(weights.key_norm),
+            mlp_norm=None if weights.mlp_norm is None else self._norm_of(weights.mlp_norm),
+            products={
+                "qkv": self._linear(weights.qkv),
+                "attention_output": self._linear(weights.attention_output),
+                "mlp_in": self._linear(weights.mlp_in),
+                "mlp_out": self._linear(weights.mlp_out),
+            },
         )
 
-    def _head_norm(self, checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
-        return self._vector(checkpoint, name, self.spec.head_dim) if self.spec.qk_norm else None
+    def _linear(self, weights: LinearWeights) -> Linear:
+        return make_linear(weights.weight, weights.bias, self._precision, self._device, self._scratch)
 
-    def _vector(self, checkpoint: Checkpoint, name: str, size: int) -> torch.Tensor:
-        return checkpoint.take(name, (size,)).to(device=self._device, dtype=self._dtype)
+    def _norm_of(self, norm: NormWeights) -> NormWeights:
+        return NormWeights(self._vector(norm.weight), None if norm.bias is None else self._vector(norm.bias))
 
-    def _rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(max_positions, head_dim) each, in the activations' dtype: cosines, and sines with the first half negated."""
-        assert self.spec.rope is not None
-        frequencies = torch.tensor(rotary_frequencies(self.spec.rope), dtype=torch.float32)
-        angles = torch.outer(torch.arange(self.spec.max_positions, dtype=torch.float32), frequencies)
-        cos, sin = angles.cos(), angles.sin()
-        return (
-            torch.cat((cos, cos), dim=-1).to(device=self._device, dtype=self._dtype),
-            torch.cat((-sin, sin), dim=-1).to(device=self._device, dtype=self._dtype),
-        )
+    def _vector(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self._device, dtype=self._dtype)
 
     def _count_bytes(self) -> int:
-        linears = [
-            linear
-            for layer in self._layers
-            for linear in (layer.qkv, layer.attention_output, layer.gate_up, layer.down)
-        ]
-        embedding_bytes: int = self._embedding.nbytes
-        return embedding_bytes + self._head.weight_bytes + sum(linear.weight_bytes for linear in linears)
+        linears = [self._head, *(linear for layer in self._layers for linear in layer.products.values())]
+        tables = [self._embedding, *([] if self._position_table is None else [self._position_table])]
+        embedding_bytes: int = sum(table.nbytes for table in tables)
+        return embedding_bytes + sum(linear.weight_bytes for linear in linears)
+
+
+def _rotary_tables(
+    rope: RopeSpec, positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions, rotary_dim) each: cosines, and sines with each pair's first channel negated."""
+    frequencies = torch.tensor(rotary_frequencies(rope), dtype=torch.float32)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.is_interleaved:
+        pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
+        tables = pairs[0].flatten(-2), pairs[1].flatten(-2)
+    else:
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return tables[0].to(device=device, dtype=dtype), tables[1].to(device=device, dtype=dtype)

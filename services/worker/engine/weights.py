@@ -17,9 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from .api import ModelRefusal
 
-# Derived values that old checkpoints store.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-
 
 class Checkpoint:
     """An open safetensors checkpoint, one file or sharded. Use as a context manager."""
@@ -63,11 +60,12 @@ class Checkpoint:
         self._taken.add(name)
         return tensor
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def untaken(self) -> list[str]:
         """Names nobody asked for: weights that the config does not explain, so the model would answer wrongly."""
-        return sorted(
-            name for name in self._files.keys() - self._taken if not name.endswith(_IGNORED_SUFFIXES)
-        )
+        return sorted(self._files.keys() - self._taken)
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -65,10 +65,10 @@ def save_model(folder: Path, config: PretrainedConfig, seed: int = 0, scale: flo
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(std=0.2)
+            elif "norm" in name or ".ln_" in name:
+                parameter.uniform_(0.5, 1.5)
             else:
                 parameter.mul_(scale)
     folder.mkdir(parents=True, exist_ok=True)

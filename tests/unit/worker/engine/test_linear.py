@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from services.worker.engine.decoder import activation_dtype
 from services.worker.engine.linear import Int8Scratch, make_linear
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def rows_with_an_outlier(inputs: int, dtype: torch.dtype) -> torch.Tensor:
     return rows.to(dtype)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_row_has_the_same_bits_alone_and_in_any_batch(
@@ -30,7 +31,7 @@ def test_row_has_the_same_bits_alone_and_in_any_batch(
     weight = torch.randn(shape, generator=generator) * 0.05
     bias = torch.randn(shape[0], generator=generator) if has_bias else None
     linear = make_linear(weight, bias, precision, CPU, Int8Scratch())
-    rows = rows_with_an_outlier(shape[1], torch.bfloat16 if precision == "bf16" else torch.float32)
+    rows = rows_with_an_outlier(shape[1], activation_dtype(precision))
     with torch.inference_mode():
         alone = torch.cat([linear(row.unsqueeze(0)) for row in rows])
         for size in BATCH_SIZES:
@@ -38,10 +39,12 @@ def test_row_has_the_same_bits_alone_and_in_any_batch(
             assert torch.equal(linear(rows[-size:]), alone[-size:]), f"last {size} rows, with the outlier"
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 4e-3), ("int8", 1.5e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 4e-3), ("fp16", 5e-4), ("int8", 1.5e-2)]
+)
 def test_product_is_close_to_the_exact_one_for_every_row(precision: str, tolerance: float) -> None:
     weight = torch.randn(96, 576, generator=torch.Generator().manual_seed(1)) * 0.05
-    rows = rows_with_an_outlier(576, torch.bfloat16 if precision == "bf16" else torch.float32)
+    rows = rows_with_an_outlier(576, activation_dtype(precision))
     exact = rows.double() @ weight.double().T
     with torch.inference_mode():
         product = make_linear(weight, None, precision, CPU, Int8Scratch())(rows).double()

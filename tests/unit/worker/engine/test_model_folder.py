@@ -52,13 +52,25 @@ def test_end_tokens_come_from_the_generation_config_first(
     assert spec_of(generation, eos_token_id=config_eos).eos_token_ids == expected
 
 
+SLIDING = {"use_sliding_window": True, "max_window_layers": 3}
+
+
 @pytest.mark.parametrize(
     ("changes", "positions"),
     [
         ({"max_position_embeddings": 300}, 300),
-        ({"sliding_window": 100}, 100),
-        ({"sliding_window": 100, "use_sliding_window": False}, 512),
-        ({"sliding_window": None}, 512),
+        ({"model_type": "mistral", "sliding_window": 100}, 100),
+        ({"model_type": "mistral", "sliding_window": None}, 512),
+        # transformers' default for a key left out.
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, 4096),
+        ({"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": False}, 512),
+        ({"model_type": "qwen2", "sliding_window": 100}, 512),
+        ({"model_type": "qwen2", "sliding_window": 100, **SLIDING}, 512),
+        ({"model_type": "qwen2", "sliding_window": 100, **SLIDING, "max_window_layers": 2}, 100),
+        (
+            {"model_type": "qwen3", "sliding_window": 100, **SLIDING, "layer_types": ["full_attention"] * 3},
+            512,
+        ),
     ],
 )
 def test_sequences_stay_within_positions_and_sliding_window(changes: dict[str, Any], positions: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from services.worker.engine import Sampling
 from tests.unit.worker.engine.builders import (
@@ -68,37 +67,6 @@ def test_greedy_equals_transformers_in_a_ragged_batch(
         engine, [make_request(str(n), prompt, ANSWER_TOKENS) for n, prompt in enumerate(random_prompts())]
     )
     assert [answers[str(n)].tokens for n in range(len(expected))] == expected
-
-
-FAMILIES: dict[str, PretrainedConfig] = {
-    "biases and untied head": tiny_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    "as many key heads as heads": tiny_config(num_key_value_heads=6),
-    "linear rope": tiny_config(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}),
-    "llama3 rope": tiny_config(
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    ),
-    "gelu": tiny_config(hidden_act="gelu_pytorch_tanh"),
-    "mistral": MistralConfig(**{**tiny_config().to_dict(), "model_type": "mistral", "sliding_window": None}),
-    "qwen2": Qwen2Config(**{**tiny_config().to_dict(), "model_type": "qwen2"}),
-    "qwen3": Qwen3Config(**{**tiny_config().to_dict(), "model_type": "qwen3"}),
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_equals_transformers_for_each_variant_of_the_family(tmp_path: Path, name: str) -> None:
-    oracle = save_model(tmp_path, FAMILIES[name], seed=3)
-    prompts = random_prompts(seed=5)[4:10]
-    engine = make_engine(tmp_path)
-    answers = run_all(engine, [make_request(str(n), prompt, 12) for n, prompt in enumerate(prompts)])
-    for number, prompt in enumerate(prompts):
-        assert answers[str(number)].tokens == oracle_greedy(oracle, prompt, 12)
 
 
 def test_logprobs_equal_transformers_log_softmax(tiny: TinyModel) -> None:

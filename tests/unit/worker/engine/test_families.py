@@ -1,0 +1,89 @@
+"""Every described model type against transformers: the same greedy tokens in fp32, close values in lower precisions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.worker.engine import Sampling
+from tests.unit.worker.engine.builders import (
+    VOCAB_SIZE,
+    make_engine,
+    make_request,
+    oracle_greedy,
+    run_all,
+    save_model,
+)
+from tests.unit.worker.engine.family_configs import VARIANTS
+
+# Around a block of 16 tokens, and beyond the smallest attention group of 128.
+PROMPT_LENGTHS = (1, 15, 17, 40, 126, 140)
+ANSWER_TOKENS = 12
+# The normed embedding, which is the head as well, outweighs three layers of smaller weights.
+SCALES = {"bloom": 40.0}
+SCORED = Sampling(temperature=0.0, logprobs=3)
+
+
+def random_prompts(seed: int = 1) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random model whose answers differ. expected: transformers' greedy answers to `random_prompts`."""
+
+    folder: Path
+    oracle: Any
+    expected: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Seeds are tried until answers have 5 different tokens on the average: one token repeated would prove nothing."""
+    folder = tmp_path_factory.mktemp("variant")
+    for seed in range(12):
+        oracle = save_model(folder, VARIANTS[request.param], seed=seed, scale=SCALES.get(request.param, 12.0))
+        expected = [oracle_greedy(oracle, prompt, ANSWER_TOKENS) for prompt in random_prompts()]
+        if sum(len(set(answer)) for answer in expected) >= 5 * len(expected):
+            return Case(folder, oracle, expected)
+    raise AssertionError("no seed gives answers that would prove anything")
+
+
+def test_greedy_equals_transformers_when_each_request_is_alone(case: Case) -> None:
+    engine = make_engine(case.folder)
+    for prompt, expected in zip(random_prompts(), case.expected, strict=True):
+        answer = run_all(engine, [make_request("only", prompt, ANSWER_TOKENS)])["only"]
+        assert answer.tokens == expected, f"prompt of {len(prompt)} tokens"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"prefill_chunk_tokens": 23}, id="chunks across blocks"),
+        pytest.param({"prefill_chunk_tokens": 64, "kv_tokens": 256}, id="pre-emption"),
+    ],
+)
+def test_greedy_equals_transformers_in_a_ragged_batch(case: Case, changes: dict[str, Any]) -> None:
+    requests = [make_request(str(n), prompt, ANSWER_TOKENS) for n, prompt in enumerate(random_prompts())]
+    answers = run_all(make_engine(case.folder, **changes), requests)
+    assert [answers[str(n)].tokens for n in range(len(requests))] == case.expected
+
+
+def test_logprobs_equal_transformers(case: Case) -> None:
+    prompt = random_prompts()[5]
+    request = make_request("a", prompt, 6, sampling=SCORED, echo_logprobs=True)
+    answer = run_all(make_engine(case.folder), [request])["a"]
+    with torch.inference_mode():
+        expected = torch.log_softmax(case.oracle(torch.tensor([prompt + answer.tokens])).logits[0], dim=-1)
+    scored = [*answer.prompt_logprobs, *answer.logprobs]
+    assert [entry.token for entry in scored] == [*prompt[1:], *answer.tokens]
+    for position, entry in enumerate(scored):
+        assert entry.logprob == pytest.approx(expected[position, entry.token].item(), abs=1e-4)
+        values = expected[position].topk(3).values
+        assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
