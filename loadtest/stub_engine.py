@@ -1,7 +1,7 @@
 """An engine without a model: answers are counted tokens at a set pace. It measures everything around an engine.
 
-Used by the measuring scripts only. Token i of any answer is `FIRST_TOKEN + i`, its text is `t<i> `, so that a client
-can see whether each token arrived once and in order.
+Used by the measuring scripts and by tests of the path. Token i of any answer is `FIRST_TOKEN + i`, its text is `t<i> `, so that a client
+can see whether each token arrived once and in order. The vector of an input is its token count and its first token.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class StubEngine:
         end = min(start + self._tokens_per_step, answer.request.max_tokens)
         answer.next_index = end
         finished = end >= answer.request.max_tokens
+        prompt = answer.request.prompt_tokens
         if finished:
             del self._answers[sequence_id]
         indices: Sequence[int] = range(start, end)
@@ -80,4 +81,5 @@ class StubEngine:
             text="".join(f"t{index} " for index in indices),
             logprobs=(),
             finish_reason="length" if finished else None,
+            embedding=(float(len(prompt)), float(prompt[0])) if answer.request.pooling else (),
         )

@@ -62,8 +62,8 @@ class SamplingParams(Part, frozen=True):
     """Token sequences that the answer may not hold."""
 
 
-class GenerateJob(Message, frozen=True, tag="job.generate.v1"):
-    """One inference request on its way. `choices` sequences share the prompt; choice i samples with seed + i."""
+class Job(Message, frozen=True):
+    """Fields that every job has: who asked and pays, which weights, who waits for it and until when."""
 
     job_id: str
     request_id: str
@@ -72,18 +72,41 @@ class GenerateJob(Message, frozen=True, tag="job.generate.v1"):
     resource_id: str
     billing: BillingMode
     work_class: WorkClass
-    operation: Literal["chat", "text_completion"]
     model_type: str
     model: ModelRef
     owner_queue: str
-    prompt_tokens: list[int]
-    max_tokens: int
     accepted_unix_ms: int
     deadline_unix_ms: int
+
+
+class GenerateJob(Job, frozen=True, tag="job.generate.v1"):
+    """One inference request on its way. `choices` sequences share the prompt; choice i samples with seed + i."""
+
+    operation: Literal["chat", "text_completion"]
+    prompt_tokens: list[int]
+    max_tokens: int
     choices: int = 1
     sampling: SamplingParams = SamplingParams()
     stop: list[str] = []
     stop_token_ids: list[int] = []
+
+    @property
+    def input_token_count(self) -> int:
+        return len(self.prompt_tokens)
+
+
+class EmbedJob(Job, frozen=True, tag="job.embed.v1"):
+    """Texts to make vectors of. Nothing is told before the end, so another attempt begins anew."""
+
+    operation: Literal["embeddings"]
+    inputs: list[list[int]]
+    pooling: Literal["mean", "last"] = "mean"
+    dimensions: int | None = None
+    """So many of each vector's first values; None: all."""
+
+    @property
+    def input_token_count(self) -> int:
+        return sum(map(len, self.inputs))
 
 
 class JobClaimed(Message, frozen=True, tag="job.claimed.v1"):
@@ -196,7 +219,8 @@ class ChoiceResult(Part, frozen=True):
 
 
 class JobFinished(Message, frozen=True, tag="job.finished.v1"):
-    """The end of one attempt, told to the owner. `prompt_logprobs` only when they were asked for."""
+    """The end of one attempt, told to the owner. `prompt_logprobs` only when they were asked for; `embeddings` of an
+    `EmbedJob` that succeeded: one for each input, little-endian fp32 numbers of length 1 as a vector."""
 
     job_id: str
     attempt: int
@@ -206,6 +230,7 @@ class JobFinished(Message, frozen=True, tag="job.finished.v1"):
     error_message: str | None = None
     choices: list[ChoiceResult] = []
     prompt_logprobs: list[TokenLogprob] = []
+    embeddings: list[bytes] = []
     timings: Timings = Timings()
 
 
@@ -454,7 +479,7 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     detail: str = ""
 
 
-JobQueueMessage = GenerateJob
+JobQueueMessage = GenerateJob | EmbedJob
 ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | CommandResult
 WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker
 NodeCommand = StartWorker | StopWorker

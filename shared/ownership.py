@@ -26,6 +26,7 @@ from shared.messages import (
     Granted,
     JobClaimed,
     JobFinished,
+    JobQueueMessage,
     Message,
     Outcome,
     RepeatTokens,
@@ -93,6 +94,7 @@ class End:
     prompt_logprobs: tuple[TokenLogprob, ...]
     by_worker: bool
     """Whether a worker's granted finish ended it. If not, the owner must leave a void for billing."""
+    embeddings: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ def decide_claim(
 class OwnedJob:
     """One job as its owner sees it. Not thread-safe; every method returns what must be done now."""
 
-    def __init__(self, job: GenerateJob, *, deadline_s: float, now_s: float) -> None:
+    def __init__(self, job: JobQueueMessage, *, deadline_s: float, now_s: float) -> None:
         """deadline_s, now_s: seconds on the owner's monotonic clock."""
         self.job = job
         self.state = JobState.QUEUED
@@ -195,7 +197,8 @@ class OwnedJob:
         self.publish_confirmed = True
         """Set to False by the owner when the broker's confirm did not come, and back when one did."""
         self._holder: _Holder | None = None
-        self._choices = [_Choice() for _ in range(job.choices)]
+        # A job without an answer has no choices: it is over when its worker says so.
+        self._choices = [_Choice() for _ in range(job.choices if isinstance(job, GenerateJob) else 0)]
         self._waiting: dict[str, tuple[JobClaimed, float]] = {}
         self._last_activity_s = now_s
         self.report: FinishedReport | None = None
@@ -353,6 +356,7 @@ class OwnedJob:
                 finished.timings,
                 tuple(finished.prompt_logprobs),
                 by_worker=not dead_letter,
+                embeddings=tuple(finished.embeddings),
             )
         )
         return actions + self._drop_waiting()

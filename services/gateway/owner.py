@@ -22,9 +22,9 @@ from shared.messages import (
     CommandResult,
     Drop,
     FinishedReport,
-    GenerateJob,
     JobClaimed,
     JobFinished,
+    JobQueueMessage,
     JobVoided,
     Message,
     OwnerBeat,
@@ -75,6 +75,7 @@ class Finished:
     finish_reasons: tuple[str | None, ...]
     timings: Timings
     prompt_logprobs: tuple[TokenLogprob, ...]
+    embeddings: tuple[bytes, ...] = ()
 
 
 JobEvent = TextDelta | Finished
@@ -162,7 +163,7 @@ class Owner:
             # As good as lost on the way: claims are repeated, gaps in the tokens are noticed and mended.
             log.error("reply_dropped", limit=INBOX_LIMIT)
 
-    async def submit(self, job: GenerateJob, queue: topology.Queue) -> OwnedStream:
+    async def submit(self, job: JobQueueMessage, queue: topology.Queue) -> OwnedStream:
         """Publish the job and return its stream. Raises `ApiError` when the job was certainly not accepted."""
         now_s = time.monotonic()
         deadline_s = now_s + max(0.0, (job.deadline_unix_ms - time.time() * 1000) / 1000)
@@ -268,6 +269,7 @@ class Owner:
                 stream.owned.finish_reasons,
                 end.timings,
                 end.prompt_logprobs,
+                end.embeddings,
             )
         )
         if not end.by_worker:
@@ -311,7 +313,7 @@ def _refusal(error: Exception) -> ApiError:
     )
 
 
-def _voided(job: GenerateJob, reason: AbandonReason, delivered_tokens: int) -> JobVoided:
+def _voided(job: JobQueueMessage, reason: AbandonReason, delivered_tokens: int) -> JobVoided:
     return JobVoided(
         event_id=f"void_{job.job_id}",
         job_id=job.job_id,
@@ -327,7 +329,7 @@ def _voided(job: GenerateJob, reason: AbandonReason, delivered_tokens: int) -> J
         model_name=job.model.name,
         revision=job.model.revision,
         reason=reason,
-        prompt_tokens=len(job.prompt_tokens),
+        prompt_tokens=job.input_token_count,
         delivered_tokens=delivered_tokens,
         accepted_unix_ms=job.accepted_unix_ms,
         voided_unix_ms=time.time_ns() // 1_000_000,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import asyncpg
 import msgspec
@@ -17,7 +17,7 @@ import structlog
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
 from shared.database import Database
-from shared.messages import GenerateJob, JobFinished
+from shared.messages import JobFinished, JobQueueMessage, decoder
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()
@@ -25,6 +25,8 @@ log = structlog.get_logger()
 PREFETCH = 8
 RETRY_S = 1.0
 MAX_KEPT_BODY_BYTES = 64 * 1024
+_JOB_TYPES = frozenset(kind.__struct_config__.tag for kind in get_args(JobQueueMessage))
+_decode_job = decoder(JobQueueMessage).decode
 MONEY_PREFIX = "usage."
 """Types whose bodies are kept: facts about money, without any text of a team."""
 
@@ -36,16 +38,16 @@ class DeadLetter:
     queue: str
     reason: str
     message_type: str
-    job: GenerateJob | None
+    job: JobQueueMessage | None
     body: bytes | None
 
 
 def read_dead_letter(body: bytes, message_type: str, headers: Mapping[str, Any]) -> DeadLetter:
     """Make the most of a dead message; anything at all can be in one. Pure."""
     job = None
-    if message_type == GenerateJob.__struct_config__.tag:
+    if message_type in _JOB_TYPES:
         try:
-            job = msgspec.json.decode(body, type=GenerateJob)
+            job = _decode_job(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
             job = None
     queue, reason = _origin(headers)
@@ -128,7 +130,7 @@ class DeadLetterKeeper:
                 log.exception("dead_letter_ids_refused")
                 await _insert(connection, letter, None, None)
 
-    async def _tell_owner(self, job: GenerateJob) -> None:
+    async def _tell_owner(self, job: JobQueueMessage) -> None:
         finished = JobFinished(
             job_id=job.job_id,
             attempt=0,

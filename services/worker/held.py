@@ -13,12 +13,15 @@ from opentelemetry.trace import Span
 from services.worker.engine import Delta, Sampling, SequenceRequest
 from services.worker.engine import TokenLogprob as EngineLogprob
 from services.worker.pull_policy import ModelKey
+from services.worker.vectors import PLACES
 from shared.broker import Delivery
 from shared.messages import (
     ChoiceResult,
+    EmbedJob,
     FinishedReport,
     GenerateJob,
     JobFinished,
+    JobQueueMessage,
     JobUsage,
     Outcome,
     Timings,
@@ -60,7 +63,7 @@ class ChoiceRecord:
 class Held:
     """eq=False: a held job is itself, never equal to another."""
 
-    job: GenerateJob
+    job: JobQueueMessage
     deliveries: list[Delivery]
     received_s: float
     lane: int
@@ -78,6 +81,8 @@ class Held:
     not_before_s: float = 0.0
     choices: list[ChoiceRecord] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    vectors: list[bytes | None] = field(default_factory=list)
+    """Of an `EmbedJob`, by input; None while it is not computed."""
     prefilled: set[int] = field(default_factory=set)
     received_unix_ns: int = field(default_factory=time.time_ns)
     swap_started_unix_ns: int | None = None
@@ -90,10 +95,18 @@ class Held:
     def model(self) -> ModelKey:
         return (self.job.model.model_id, self.job.model.revision)
 
-    def begin(self, attempt: int, prior_tokens: list[list[int]]) -> None:
-        """Forget what an earlier attempt did here, and continue from `prior_tokens`."""
+    @property
+    def places(self) -> int:
+        """How many of its sequences run at once."""
+        return self.job.choices if isinstance(self.job, GenerateJob) else min(PLACES, len(self.job.inputs))
+
+    def begin(self, attempt: int, prior_tokens: list[list[int]] | None = None) -> None:
+        """Forget what an earlier attempt did here, and continue from `prior_tokens`; vectors are computed anew."""
         self.attempt = attempt
-        self.choices = [ChoiceRecord(list(tokens)) for tokens in prior_tokens]
+        if isinstance(self.job, GenerateJob):
+            self.choices = [ChoiceRecord(list(tokens)) for tokens in prior_tokens or [[]] * self.job.choices]
+        else:
+            self.vectors = [None] * len(self.job.inputs)
         self.prompt_logprobs = []
         self.prefilled = set()
         self.started_unix_ns = self.prefilled_unix_ns = self.first_token_unix_ns = None
@@ -103,19 +116,22 @@ class Held:
         """Tokens published so far, over all choices and attempts."""
         return sum(choice.token_count for choice in self.choices)
 
-    def sequence_id(self, choice: int) -> str:
-        return f"{self.job.job_id}/{self.attempt}/{choice}"
+    def sequence_id(self, index: int) -> str:
+        """Of a choice, or of an input to embed."""
+        return f"{self.job.job_id}/{self.attempt}/{index}"
 
     def sequence_ids(self) -> list[str]:
-        return [self.sequence_id(index) for index in range(len(self.choices))]
+        return [self.sequence_id(index) for index in range(len(self.choices) or len(self.vectors))]
 
     def remaining_tokens(self) -> int:
         """Upper bound of what is left to generate."""
+        if isinstance(self.job, EmbedJob):
+            return 0
         return self.job.max_tokens * self.job.choices - self.completion_tokens
 
 
 def parse_sequence_id(sequence_id: str) -> tuple[str, int, int]:
-    """Return (job id, attempt, choice)."""
+    """Return (job id, attempt, index of the choice or of the input)."""
     job_id, attempt, choice = sequence_id.rsplit("/", 2)
     return job_id, int(attempt), int(choice)
 
@@ -128,9 +144,27 @@ def choice_seed(seed: int, choice: int) -> int:
     return (seed + choice) % (1 << SEED_BITS)
 
 
-def sequence_requests(held: Held) -> list[SequenceRequest]:
-    """The engine's requests for all unfinished choices of a granted job."""
-    job, params = held.job, held.job.sampling
+def first_requests(held: Held) -> list[SequenceRequest]:
+    """What a granted job begins with: all its choices, or the first of its inputs."""
+    if isinstance(held.job, EmbedJob):
+        return [embed_request(held, held.job, index) for index in range(held.places)]
+    return _sequence_requests(held, held.job)
+
+
+def embed_request(held: Held, job: EmbedJob, index: int) -> SequenceRequest:
+    return SequenceRequest(
+        sequence_id=held.sequence_id(index),
+        model=model_handle(held.model),
+        isolation_key=job.team_id,
+        prompt_tokens=job.inputs[index],
+        max_tokens=0,
+        sampling=Sampling(),
+        pooling=job.pooling,
+    )
+
+
+def _sequence_requests(held: Held, job: GenerateJob) -> list[SequenceRequest]:
+    params = job.sampling
     requests = []
     for index, choice in enumerate(held.choices):
         sampling = Sampling(
@@ -252,6 +286,9 @@ def finished_message(
         error_message=message,
         choices=results,
         prompt_logprobs=held.prompt_logprobs,
+        embeddings=[vector for vector in held.vectors if vector is not None]
+        if outcome == "succeeded"
+        else [],
         timings=spent,
     )
 
@@ -270,7 +307,7 @@ def usage_message(held: Held, worker_id: str, outcome: Outcome, code: str | None
     )
 
 
-def reported_usage(job: GenerateJob, worker_id: str, report: FinishedReport) -> JobUsage:
+def reported_usage(job: JobQueueMessage, worker_id: str, report: FinishedReport) -> JobUsage:
     """The fact that a worker, perhaps another one that is dead by now, finished the job."""
     return JobUsage(
         event_id=f"use_{job.job_id}_{report.attempt}",
@@ -289,7 +326,7 @@ def reported_usage(job: GenerateJob, worker_id: str, report: FinishedReport) -> 
         model_name=job.model.name,
         revision=job.model.revision,
         outcome=report.outcome,
-        prompt_tokens=len(job.prompt_tokens),
+        prompt_tokens=job.input_token_count,
         completion_tokens=report.completion_tokens,
         prefill_ran=report.completion_tokens > 0,
         accepted_unix_ms=job.accepted_unix_ms,

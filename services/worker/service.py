@@ -16,16 +16,17 @@ import msgspec
 import structlog
 
 from services.worker import pull_policy
-from services.worker.engine import EngineRefusal, StepReport
+from services.worker.engine import Delta, EngineRefusal, StepReport
 from services.worker.engine_thread import EnginePort, EngineThread
 from services.worker.held import (
     Held,
     HeldState,
+    embed_request,
     finished_message,
+    first_requests,
     parse_sequence_id,
     repeated,
     reported_usage,
-    sequence_requests,
     timings,
     to_logprobs,
     to_message,
@@ -38,6 +39,7 @@ from services.worker.reports import Reporter
 from services.worker.residency import ModelUnavailable, Residency
 from services.worker.settings import WorkerSettings
 from services.worker.stages import job_attributes, record_stages
+from services.worker.vectors import VectorRefused, pack_vector
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery, Subscription
 from shared.ids import new_id
@@ -45,9 +47,10 @@ from shared.messages import (
     CancelJob,
     DrainWorker,
     Drop,
-    GenerateJob,
+    EmbedJob,
     Granted,
     JobClaimed,
+    JobQueueMessage,
     JobUsage,
     ModelRef,
     Outcome,
@@ -150,7 +153,7 @@ class Worker:
             prefetch = self.spec.max_batch + lookahead
             receive = self._receiver(lane)
             self._subscriptions.append(
-                await self._broker.subscribe(queue, GenerateJob, receive, prefetch=prefetch)
+                await self._broker.subscribe(queue, JobQueueMessage, receive, prefetch=prefetch)
             )
 
     async def drain(self) -> None:
@@ -196,7 +199,7 @@ class Worker:
         return receive
 
     def _on_job(self, delivery: Delivery, lane: int) -> None:
-        job: GenerateJob = delivery.message
+        job: JobQueueMessage = delivery.message
         if (held := self._held.get(job.job_id)) is not None:
             # Our connection was lost and the broker delivered again, or a second copy exists: same job, same run.
             held.deliveries.append(delivery)
@@ -276,10 +279,10 @@ class Worker:
                 case HeldState.WAITING | HeldState.GRANTED:
                     waiting.append(_waiting_job(held, now_s))
                 case HeldState.CLAIMING:
-                    claimed += held.job.choices
+                    claimed += held.places
                     waiting.append(_waiting_job(held, now_s))
                 case HeldState.RUNNING:
-                    running.append(RunningJob(held.job.job_id, held.model, held.job.choices, held.attempt))
+                    running.append(RunningJob(held.job.job_id, held.model, held.places, held.attempt))
         models = self._residency.slots()
         for key in failed:
             # A failed model counts as ready, so that its jobs are claimed and then told why.
@@ -320,7 +323,7 @@ class Worker:
         held.claim_id = held.claim_id or new_id("clm")
         is_first = held.claims_total == 0 and not held.deliveries[0].redelivered
         if begin_at_once and is_first and self._residency.failure(held.model) is None:
-            held.begin(1, [[] for _ in range(held.job.choices)])
+            held.begin(1)
             self._start(held)
         await self._send_claim(held)
 
@@ -436,8 +439,8 @@ class Worker:
         held.state = HeldState.RUNNING
         held.started_unix_ns = time.time_ns()
         self._residency.touch(held.model)
-        self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + len(held.job.prompt_tokens)
-        for request in sequence_requests(held):
+        self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + held.job.input_token_count
+        for request in first_requests(held):
             self._engine.add(request)
 
     def _on_refused(self, sequence_id: str, refusal: EngineRefusal) -> None:
@@ -454,7 +457,8 @@ class Worker:
             held = self._held.get(job_id)
             if held is not None and held.attempt == attempt:
                 held.prefilled.add(choice)
-                held.prefilled_unix_ns = held.prefilled_unix_ns or now_unix_ns
+                if held.choices:  # an embedding is nothing but prefill, up to its last input
+                    held.prefilled_unix_ns = held.prefilled_unix_ns or now_unix_ns
         for delta in report.deltas:
             job_id, attempt, choice = parse_sequence_id(delta.sequence_id)
             held = self._held.get(job_id)
@@ -463,6 +467,9 @@ class Worker:
             if delta.error is not None:
                 self._stop_sequences(held)
                 self._end(held, "failed", "generation_failed", delta.error)
+                continue
+            if isinstance(held.job, EmbedJob):
+                self._on_vector(held, held.job, choice, delta)
                 continue
             held.first_token_unix_ns = held.first_token_unix_ns or now_unix_ns
             record = held.choices[choice]
@@ -477,6 +484,20 @@ class Worker:
             else:
                 self._sender.put(held.job.owner_queue, message)
         self._count(report)
+
+    def _on_vector(self, held: Held, job: EmbedJob, index: int, delta: Delta) -> None:
+        """Keep the vector; the next input takes its place, or the job is done."""
+        try:
+            held.vectors[index] = pack_vector(delta.embedding, job.dimensions, len(job.inputs))
+        except VectorRefused as refusal:
+            self._stop_sequences(held)
+            self._end(held, "failed", refusal.code, str(refusal))
+            return
+        begun = held.places + sum(vector is not None for vector in held.vectors)
+        if begun <= len(job.inputs):
+            self._engine.add(embed_request(held, job, begun - 1))
+        if None not in held.vectors:
+            self._end(held, "succeeded", None, None)
 
     def _count(self, report: StepReport) -> None:
         labels = {"model_type": self.spec.model_type}
@@ -616,7 +637,7 @@ def _waiting_job(held: Held, now_s: float) -> WaitingJob:
         job_id=held.job.job_id,
         model=held.model,
         work_class=work_class,
-        sequences=held.job.choices,
+        sequences=held.places,
         waited_s=now_s - held.received_s,
         lane=held.lane,
         attempt=held.attempt,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from services.worker.held import Held
 from shared import telemetry
-from shared.messages import GenerateJob
+from shared.messages import GenerateJob, JobQueueMessage
 
 
-def job_attributes(job: GenerateJob) -> dict[str, str | int]:
+def job_attributes(job: JobQueueMessage) -> dict[str, str | int]:
     """Attributes of the worker's span for a job: names and counts, never text."""
+    limits = {telemetry.GEN_AI_MAX_TOKENS: job.max_tokens} if isinstance(job, GenerateJob) else {}
     return {
+        **limits,
         telemetry.MESSAGING_SYSTEM: "rabbitmq",
         telemetry.GEN_AI_OPERATION: job.operation,
         telemetry.GEN_AI_PROVIDER: "roundhouse",
         telemetry.GEN_AI_REQUEST_MODEL: job.model.name,
-        telemetry.GEN_AI_MAX_TOKENS: job.max_tokens,
-        telemetry.GEN_AI_INPUT_TOKENS: len(job.prompt_tokens),
+        telemetry.GEN_AI_INPUT_TOKENS: job.input_token_count,
         telemetry.JOB_ID: job.job_id,
         telemetry.TEAM_ID: job.team_id,
         telemetry.RESOURCE_ID: job.resource_id,

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from shared import messages
-from shared.messages import Command, Message, Part, decoder, encode, type_of
+from shared.messages import Command, Job, Message, Part, decoder, encode, type_of
 from tests.contract.examples import EXAMPLES, WORKER_SPEC
 from tests.contract.golden_files import FOLDER, all_forms, golden
 
@@ -36,7 +36,7 @@ def _subclasses(of: type[Any]) -> set[type[Any]]:
     return direct.union(*(_subclasses(each) for each in direct))
 
 
-ABSTRACT = {Message, Command}
+ABSTRACT = {Message, Command, Job}
 TYPES = sorted(_subclasses(Message) - ABSTRACT, key=lambda kind: kind.__name__)
 
 

@@ -20,7 +20,19 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)#]+)\)")
 _PATH = re.compile(r"[\w.*-]*(?:/[\w.*-]+)+/?|[\w-]+\.(?:py|md|yml|txt|toml|sql|in)|[\w-]+/")
 # Made on the machine, not committed; and addresses of the API, which are tested with it.
-NOT_COMMITTED = (".local", ".venv", ".env", "/api", "/v1", "/metrics", "/livez", "/readyz", "/var", "/models")
+NOT_COMMITTED = (
+    ".local",
+    ".venv",
+    ".env",
+    "/api",
+    "/v1",
+    "/metrics",
+    "/livez",
+    "/readyz",
+    "/var",
+    "/models",
+    "/openapi.json",
+)
 FENCE = re.compile(r"```.*?```", re.DOTALL)
 
 

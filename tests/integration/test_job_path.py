@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
+import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -27,7 +29,7 @@ from shared.messages import (
     decoder,
 )
 from tests.conftest import Vhost
-from tests.integration.worker_process import WorkerProcess, stub_job, stub_store
+from tests.integration.worker_process import WorkerProcess, stub_embed_job, stub_job, stub_store
 
 
 @dataclass
@@ -277,6 +279,91 @@ async def test_a_finish_is_reported_to_billing_when_its_worker_died_before_it_co
     assert path.voids == []
     while await path.broker.depth(path.queue) > 0:
         await asyncio.sleep(0.1)
+
+
+def unpacked(end: Finished) -> list[tuple[float, ...]]:
+    return [struct.unpack(f"<{len(vector) // 4}f", vector) for vector in end.embeddings]
+
+
+def expected_vectors(inputs: list[list[int]]) -> list[tuple[float, ...]]:
+    """The stub's vector of an input is (its token count, its first token), made of length 1 by the worker."""
+    lengths = [math.hypot(len(tokens), tokens[0]) for tokens in inputs]
+    return [
+        (len(tokens) / length, tokens[0] / length) for tokens, length in zip(inputs, lengths, strict=True)
+    ]
+
+
+INPUTS = [[number] * (1 + number % 5) for number in range(1, 41)]
+
+
+async def submit_inputs(path: Path_, dimensions: int | None = None) -> OwnedStream:
+    job = stub_embed_job(path.owner.queue, path.resource_id, INPUTS, dimensions)
+    return await path.owner.submit(job, path.queue)
+
+
+async def test_an_embedding_job_is_answered_in_the_order_of_its_inputs_beside_answers(path: Path_) -> None:
+    path.worker(step_s=0.005, max_batch=8)
+    streams = [await submit_inputs(path), await path.submit(50), await submit_inputs(path)]
+    ends = [await asyncio.wait_for(read(stream), 30) for stream in streams]
+    assert ends[1][0] == whole_text(50)
+    for text, tokens, end in (ends[0], ends[2]):
+        assert (text, tokens, end.outcome, end.completion_tokens) == ("", [], "succeeded", 0)
+        for found, expected in zip(unpacked(end), expected_vectors(INPUTS), strict=True):
+            assert found == pytest.approx(expected, abs=1e-6)
+    facts = [fact for fact in await path.usage_events(3) if fact.operation == "embeddings"]
+    assert [(f.outcome, f.prompt_tokens, f.completion_tokens, f.prefill_ran) for f in facts] == [  # type: ignore[union-attr]
+        ("succeeded", sum(map(len, INPUTS)), 0, True)
+    ] * 2
+    assert path.voids == []
+
+
+async def test_an_embedding_job_whose_worker_died_is_computed_anew_and_reported_once(path: Path_) -> None:
+    first = path.worker(step_s=0.3)
+    stream = await submit_inputs(path)
+    reading = asyncio.create_task(read(stream))
+    while stream.owned.attempt < 1:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(1.0)  # some vectors are made, and lost with it
+    assert not stream.owned.over
+    first.kill()
+    path.worker(step_s=0.005)
+    _, _, end = await asyncio.wait_for(reading, 30)
+    assert end.outcome == "succeeded"
+    assert unpacked(end)[-1] == pytest.approx(expected_vectors(INPUTS)[-1], abs=1e-6)
+    assert len(end.embeddings) == len(INPUTS)
+    [fact] = await path.usage_events(1)
+    assert isinstance(fact, JobUsage)
+    assert (fact.attempt, fact.prompt_tokens, fact.completion_tokens) == (2, sum(map(len, INPUTS)), 0)
+
+
+async def test_an_embedding_job_that_is_cancelled_frees_its_places(path: Path_) -> None:
+    path.worker(step_s=0.3, max_batch=4)
+    stream = await submit_inputs(path)
+    while stream.owned.attempt < 1:
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.7)
+    await stream.abandon("client_gone")
+    following = await path.submit(2)
+    text, _, _ = await asyncio.wait_for(read(following), 5)
+    assert text == whole_text(2)
+    assert [(fact.reason, fact.prompt_tokens, fact.delivered_tokens) for fact in path.voids] == [
+        ("client_gone", sum(map(len, INPUTS)), 0)
+    ]
+    facts = {fact.job_id: fact for fact in await path.usage_events(2)}
+    cancelled = facts[stream.owned.job.job_id]
+    assert isinstance(cancelled, JobUsage)
+    assert (cancelled.outcome, cancelled.completion_tokens, cancelled.prefill_ran) == ("cancelled", 0, True)
+
+
+async def test_dimensions_cut_the_vectors_and_too_many_fail_the_job(path: Path_) -> None:
+    path.worker(step_s=0.002)
+    one, three = await submit_inputs(path, dimensions=1), await submit_inputs(path, dimensions=3)
+    _, _, end = await asyncio.wait_for(read(one), 30)
+    assert unpacked(end) == [(1.0,)] * len(INPUTS)
+    _, _, end = await asyncio.wait_for(read(three), 30)
+    assert (end.outcome, end.error_code, end.embeddings) == ("failed", "invalid_dimensions", ())
+    outcomes = {fact.job_id: fact.outcome for fact in await path.usage_events(2)}  # type: ignore[union-attr]
+    assert outcomes[three.owned.job.job_id] == "failed"
 
 
 def test_undecodable_bytes_are_not_a_job() -> None:

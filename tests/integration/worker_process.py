@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shared.ids import new_id
-from shared.messages import GenerateJob, ModelRef, SamplingParams, WorkerSpec
+from shared.messages import EmbedJob, GenerateJob, Job, ModelRef, SamplingParams, WorkerSpec
 from shared.model_folder import ModelManifest
 
 MODEL = ModelRef(model_id="mod_stub", revision=1, name="team/stub", folder="mod_stub/1", signature="0" * 16)
@@ -96,6 +96,14 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
+
+
+def stub_embed_job(
+    owner_queue: str, resource_id: str, inputs: list[list[int]], dimensions: int | None = None
+) -> EmbedJob:
+    job = stub_job(owner_queue, resource_id, max_tokens=1)
+    common = {name: getattr(job, name) for name in Job.__struct_fields__}
+    return EmbedJob(**common, operation="embeddings", inputs=inputs, dimensions=dimensions)
 
 
 def stub_job(owner_queue: str, resource_id: str, *, max_tokens: int, deadline_s: float = 60.0) -> GenerateJob:

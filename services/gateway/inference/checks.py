@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from services.gateway.errors import ApiError, bad_request, must_not_retry
 from services.gateway.inference.parameters import GenerationRequest
@@ -10,11 +11,18 @@ from services.gateway.inference.rules import invalid_value
 from services.gateway.owner import Finished
 from services.gateway.principal import ModelView, Route
 
+
+class NamesTokens(Protocol):
+    def named_tokens(self) -> Iterable[tuple[str, Sequence[int]]]: ...
+
+
 LOST_RETRY_S = 1
 _WORKERS_REFUSALS = {
     "context_length_exceeded": ("The model's worker refused the prompt.", "prompt"),
     "invalid_token_id": ("The model's worker refused the prompt.", "prompt"),
     "invalid_request": ("The model's worker refused the request.", None),
+    "invalid_dimensions": ("The model's vectors have not so many dimensions.", "dimensions"),
+    "result_too_large": ("So many vectors of this size are too much for one answer: send fewer.", "input"),
 }
 
 
@@ -23,15 +31,23 @@ def context_tokens(model: ModelView, route: Route) -> int:
     return min(model.context_tokens, route.resource.max_context_tokens)
 
 
-def check_vocabulary(wanted: GenerationRequest, vocab_size: int) -> None:
+def check_vocabulary(wanted: NamesTokens, vocab_size: int) -> None:
     """Every token id that the client named exists in the model. Raises ApiError 400."""
-    for prompt in wanted.prompts:
-        if not isinstance(prompt, str) and max(prompt) >= vocab_size:
-            raise _unknown_token("prompt", vocab_size)
-    if any(token >= vocab_size for token, _ in wanted.sampling.logit_bias):
-        raise _unknown_token("logit_bias", vocab_size)
-    if any(token >= vocab_size for token in wanted.stop_token_ids):
-        raise _unknown_token("stop_token_ids", vocab_size)
+    for param, tokens in wanted.named_tokens():
+        if max(tokens, default=0) >= vocab_size:
+            raise _unknown_token(param, vocab_size)
+
+
+def check_inputs(inputs: Sequence[Sequence[int]], context: int) -> None:
+    """Each text to embed has a token, and fits. Raises ApiError 400."""
+    for index, tokens in enumerate(inputs):
+        if not tokens:
+            raise bad_request("empty_prompt", f"input[{index}] is empty.", "input")
+        if len(tokens) > context:
+            message = (
+                f"This model's context length is {context} tokens, and input[{index}] has {len(tokens)}."
+            )
+            raise bad_request("context_length_exceeded", message, "input")
 
 
 def choose_max_tokens(

@@ -16,7 +16,6 @@ from services.gateway.inference.responses import (
     Spellings,
     chat_body,
     completion_body,
-    usage_of,
     vendor_body,
 )
 
@@ -55,7 +54,7 @@ class ChatDoor:
         )
 
     def body(self, head: Head, answer: Answer) -> bytes:
-        return chat_body(head, answer.choices, _usage(answer.generation), spellings=answer.spellings)
+        return chat_body(head, answer.choices, answer.generation.usage(), spellings=answer.spellings)
 
 
 class CompletionDoor:
@@ -71,7 +70,7 @@ class CompletionDoor:
         )
 
     def body(self, head: Head, answer: Answer) -> bytes:
-        usage = _usage(answer.generation)
+        usage = answer.generation.usage()
         return completion_body(
             head, answer.choices, usage, spellings=answer.spellings, echoes=_echoes(answer)
         )
@@ -90,11 +89,6 @@ class VendorDoor:
         return vendor_body(
             answer.choices, head.created_unix_s, spellings=answer.spellings, echoes=_echoes(answer)
         )
-
-
-def _usage(generation: Generation) -> dict[str, object]:
-    timings = [end.timings for end in generation.finished if end is not None]
-    return usage_of(generation.prompt_tokens, generation.completion_tokens, timings)
 
 
 def _echoes(answer: Answer) -> list[Echo | None]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from services.gateway.errors import ApiError
+from services.gateway.inference.responses import usage_of
 from services.gateway.owner import AbandonReason, Finished, JobEvent
-from shared.messages import GenerateJob
+from shared.messages import GenerateJob, JobQueueMessage
 from shared.topology import Queue
 
 
@@ -32,13 +33,13 @@ class JobStream(Protocol):
 class JobOwner(Protocol):
     queue: str
 
-    async def submit(self, job: GenerateJob, queue: Queue) -> JobStream: ...
+    async def submit(self, job: JobQueueMessage, queue: Queue) -> JobStream: ...
 
 
 class Generation:
     """`finished[i]` is the end of job i, or None while it runs."""
 
-    def __init__(self, owner: JobOwner, jobs: Sequence[GenerateJob], queue: Queue) -> None:
+    def __init__(self, owner: JobOwner, jobs: Sequence[JobQueueMessage], queue: Queue) -> None:
         self.jobs = jobs
         self.finished: list[Finished | None] = [None] * len(jobs)
         self._owner = owner
@@ -71,12 +72,23 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(job.prompt_tokens) for job in self.jobs)
+        return sum(job.input_token_count for job in self.jobs)
 
     @property
     def completion_tokens(self) -> int:
         """Of the jobs that are over."""
         return sum(end.completion_tokens for end in self.finished if end is not None)
+
+    @property
+    def choices_per_job(self) -> int:
+        """The same for all jobs of a request; 0 where there is nothing to choose."""
+        job = self.jobs[0]
+        return job.choices if isinstance(job, GenerateJob) else 0
+
+    def usage(self) -> dict[str, Any]:
+        """As answers show it, once all jobs are over."""
+        timings = [end.timings for end in self.finished if end is not None]
+        return usage_of(self.prompt_tokens, self.completion_tokens, timings)
 
     def complete(self) -> None:
         """The client has the whole answer: nothing is left to void."""

@@ -1,6 +1,6 @@
 """The routes of inference: OpenAI's `/v1`, and the per-model URL with its vendor's manners.
 
-A handler reads the body, and `_generate` takes it from there: model and route, a place in the gate, tokens, checks, jobs, answer.
+A handler reads the body; `_begun` finds model and route and a place in the gate; then tokens, checks, jobs, answer.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,13 +18,26 @@ from aiohttp import web
 from services.gateway.edge import read_json
 from services.gateway.errors import ApiError
 from services.gateway.inference import parameters, schemas
-from services.gateway.inference.checks import check_vocabulary, choose_max_tokens, context_tokens, refusal_of
+from services.gateway.inference.checks import (
+    NamesTokens,
+    check_inputs,
+    check_vocabulary,
+    choose_max_tokens,
+    context_tokens,
+    refusal_of,
+)
 from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
+from services.gateway.inference.embeddings import (
+    build_embed_jobs,
+    embedding_body,
+    embedding_schema,
+    parse_embedding,
+)
 from services.gateway.inference.generation import Generation, JobOwner
 from services.gateway.inference.jobs import JobContext, build_jobs
 from services.gateway.inference.measures import InferenceMetrics, Measure
 from services.gateway.inference.parameters import GenerationRequest
-from services.gateway.inference.prompts import ChatMessage
+from services.gateway.inference.prompts import ChatMessage, Prompt
 from services.gateway.inference.responses import Choice, Head, Spellings, encode, model_entry, tokens_in
 from services.gateway.inference.streams import EventStream, StreamTimes, stream_answer
 from services.gateway.owner import Finished
@@ -32,6 +45,7 @@ from services.gateway.principal import ModelView, Principal, Route
 from services.gateway.routes import INFERENCE, RESPONSE_HEADERS, RouteSpec, principal_of, request_id_of
 from shared import telemetry, topology
 from shared.ids import new_id
+from shared.messages import JobQueueMessage
 
 
 class ModelTable(Protocol):
@@ -98,10 +112,31 @@ def routes(deps: InferenceDeps) -> list[RouteSpec]:
              request_schema=parameters.completion_schema(), responses={200: schemas.COMPLETION}),
         spec("POST", "/v1/chat/completions", handlers.create_chat_completion, "Answer a conversation.",
              request_schema=parameters.chat_schema(), responses={200: schemas.CHAT_COMPLETION}),
+        spec("POST", "/v1/embeddings", handlers.create_embeddings, "Turn texts into vectors.",
+             request_schema=embedding_schema(), responses={200: schemas.EMBEDDINGS}),
         spec("POST", "/models/{team}/{model}/completions", handlers.create_vendor_completion,
              "Continue a prompt, at the model's own URL.", error_shape="vendor",
              request_schema=parameters.vendor_schema(), responses={200: schemas.VENDOR_COMPLETION}),
     ]  # fmt: skip
+
+
+class Wanted(NamesTokens, Protocol):
+    """What every parsed body has."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def operation(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A request that was let in."""
+
+    context: JobContext
+    head: Head
+    measure: Measure
 
 
 class _Handlers:
@@ -132,22 +167,50 @@ class _Handlers:
         except ApiError as error:
             raise vendor_error(error) from error
 
+    async def create_embeddings(self, request: web.Request) -> web.StreamResponse:
+        wanted = parse_embedding(await read_json(request))
+        async with self._begun(request, wanted) as begun:
+            context, measure = begun.context, begun.measure
+            with telemetry.span("tokenize"):
+                inputs = await self._token_ids(wanted.inputs, context.model)
+            check_inputs(inputs, context_tokens(context.model, context.route))
+            jobs = build_embed_jobs(wanted, inputs, context, lambda: new_id("job"))
+            measure.planned(None, sum(map(len, inputs)), [job.job_id for job in jobs])
+            async with self._generation(jobs, context) as generation:
+                vectors = await _collect_vectors(generation, len(inputs))
+                body = embedding_body(begun.head, vectors, wanted.encoding, generation.usage())
+                return self._complete(generation, body, measure, [])
+
     async def _generate(
         self, request: web.Request, wanted: GenerationRequest, door: Door
     ) -> web.StreamResponse:
+        async with self._begun(request, wanted) as begun:
+            context, head, measure = begun.context, begun.head, begun.measure
+            with telemetry.span("tokenize"):
+                prompts, prompt_texts = await self._tokenize(wanted, context.model)
+                if wanted.bad_words:
+                    words = await self._deps.tokenizers.encode_words(context.model.folder, wanted.bad_words)
+                    wanted = wanted.with_bad_words(words)
+            async with self._plan(wanted, prompts, context, measure) as generation:
+                if not wanted.stream:
+                    return await self._answer(head, wanted, door, generation, prompts, prompt_texts, measure)
+                frames = door.frames(head, wanted, prompt_texts, len(prompts) * wanted.n)
+                times = self._deps.limits.stream
+                spell = None if wanted.sampling.logprobs is None else self._speller(context.model.folder)
+                stream = EventStream(request, times)
+                return await stream_answer(stream, generation, frames, measure, times, spell)
+
+    @asynccontextmanager
+    async def _begun(self, request: web.Request, wanted: Wanted) -> AsyncIterator[_Begun]:
+        """Route and place in the gate of a request, for the body of the `with`, whose end is measured. Raises ApiError."""
         accepted_unix_s = self._deps.now_unix_s()
         principal = principal_of(request)
         model, route = self._deps.models.resolve(principal, wanted.model)
-        measure = Measure(self._deps.metrics, wanted, principal, model, route)
+        measure = Measure(self._deps.metrics, wanted.operation, principal, model, route)
         try:
             check_vocabulary(wanted, model.vocab_size)
             async with self._deps.gate.admitted(principal) as rate_headers:
                 request[RESPONSE_HEADERS] = rate_headers
-                with telemetry.span("tokenize"):
-                    prompts, prompt_texts = await self._tokenize(wanted, model)
-                    if wanted.bad_words:
-                        words = await self._deps.tokenizers.encode_words(model.folder, wanted.bad_words)
-                        wanted = wanted.with_bad_words(words)
                 context = JobContext(
                     request_id=request_id_of(request),
                     principal=principal,
@@ -157,18 +220,8 @@ class _Handlers:
                     accepted_unix_ms=int(accepted_unix_s * 1000),
                     deadline_s=self._deps.limits.deadline_s,
                 )
-                generation = self._plan(wanted, prompts, context, measure)
-                async with generation:
-                    head = Head(context.request_id, int(accepted_unix_s), model.full_name, model.revision)
-                    if not wanted.stream:
-                        return await self._answer(
-                            head, wanted, door, generation, prompts, prompt_texts, measure
-                        )
-                    frames = door.frames(head, wanted, prompt_texts, len(prompts) * wanted.n)
-                    times = self._deps.limits.stream
-                    spell = None if wanted.sampling.logprobs is None else self._speller(model.folder)
-                    stream = EventStream(request, times)
-                    return await stream_answer(stream, generation, frames, measure, times, spell)
+                head = Head(context.request_id, int(accepted_unix_s), model.full_name, model.revision)
+                yield _Begun(context, head, measure)
         except ApiError as error:
             measure.failed(error.code)
             raise
@@ -182,12 +235,18 @@ class _Handlers:
         """Token ids of each prompt, and its text if it is to be echoed."""
         if wanted.operation == "chat":
             return [await self._deps.tokenizers.encode_chat(model.folder, wanted.messages)], []
+        prompts = await self._token_ids(wanted.prompts, model)
         texts = [prompt for prompt in wanted.prompts if isinstance(prompt, str)]
+        if wanted.echo and not texts:
+            texts = await self._deps.tokenizers.decode(model.folder, prompts)
+        return prompts, texts if wanted.echo else []
+
+    async def _token_ids(self, prompts: Sequence[Prompt], model: ModelView) -> list[Sequence[int]]:
+        """All are texts, or all are token ids already."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts:
-            encoded = await self._deps.tokenizers.encode_texts(model.folder, texts)
-            return list(encoded), texts if wanted.echo else []
-        prompts: list[Sequence[int]] = [prompt for prompt in wanted.prompts if not isinstance(prompt, str)]
-        return prompts, await self._deps.tokenizers.decode(model.folder, prompts) if wanted.echo else []
+            return list(await self._deps.tokenizers.encode_texts(model.folder, texts))
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
     def _plan(
         self,
@@ -200,6 +259,9 @@ class _Handlers:
         max_tokens = choose_max_tokens(wanted, prompts, room, self._deps.limits.default_chat_max_tokens)
         jobs = build_jobs(wanted, prompts, max_tokens, context, lambda: new_id("job"))
         measure.planned(max_tokens, sum(map(len, prompts)), [job.job_id for job in jobs])
+        return self._generation(jobs, context)
+
+    def _generation(self, jobs: Sequence[JobQueueMessage], context: JobContext) -> Generation:
         resource, team_id = context.route.resource, context.principal.team_id
         queue = topology.live_queue_for(resource.resource_id, team_id, pool=resource.pool)
         return Generation(self._deps.owner, jobs, queue)
@@ -224,9 +286,13 @@ class _Handlers:
                 shown += [token for end in ends for token in tokens_in(end.prompt_logprobs)]
             spellings = await self._speller(generation.jobs[0].model.folder)(shown)
         body = door.body(head, Answer(choices, generation, prompts, prompt_texts, spellings))
+        return self._complete(generation, body, measure, [choice.finish_reason or "" for choice in choices])
+
+    def _complete(
+        self, generation: Generation, body: bytes, measure: Measure, finish_reasons: Sequence[str]
+    ) -> web.Response:
         generation.complete()
-        reasons = [choice.finish_reason or "" for choice in choices]
-        measure.succeeded(generation.prompt_tokens, generation.completion_tokens, reasons)
+        measure.succeeded(generation.prompt_tokens, generation.completion_tokens, finish_reasons)
         return _json(body, {"openai-processing-ms": str(round(measure.elapsed_s() * 1000))})
 
     def _speller(self, folder: str) -> Callable[[Iterable[int]], Any]:
@@ -248,6 +314,18 @@ async def _collect(generation: Generation, prompts: int, n: int, measure: Measur
             choice.logprobs += event.logprobs
             choice.finish_reason = event.finish_reason or choice.finish_reason
     return choices
+
+
+async def _collect_vectors(generation: Generation, inputs: int) -> list[bytes]:
+    """Wait for all vectors, in the order of the inputs. Raises ApiError as soon as one of the jobs has failed."""
+    while not generation.is_over():
+        for _, event in await generation.next_events(None):
+            if isinstance(event, Finished) and (refusal := refusal_of(event)) is not None:
+                raise refusal
+    vectors = [vector for end in generation.finished if end is not None for vector in end.embeddings]
+    if len(vectors) != inputs:
+        raise RuntimeError(f"{len(vectors)} vectors for {inputs} inputs")
+    return vectors
 
 
 def vendor_error(error: ApiError) -> ApiError:

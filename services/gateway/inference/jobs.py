@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -41,31 +42,14 @@ def build_jobs(
     model = context.model
     eos = () if wanted.sampling.ignore_eos else model.eos_token_ids  # 2
     stop_token_ids = list(dict.fromkeys((*eos, *wanted.stop_token_ids)))
-    billing: BillingMode = "ppt" if context.route.billing == "ppt" else "resource"
-    reference = ModelRef(
-        model_id=model.model_id,
-        revision=model.revision,
-        name=model.full_name,
-        folder=model.folder,
-        signature=model.signature,
-    )
+    shared = shared_fields(context)
     return [
         GenerateJob(
+            **shared,
             job_id=new_job_id(),
-            request_id=context.request_id,
-            team_id=context.principal.team_id,
-            key_id=context.principal.key_id,
-            resource_id=context.route.resource.resource_id,
-            billing=billing,
-            work_class="live",
             operation=wanted.operation,
-            model_type=model.model_type,
-            model=reference,
-            owner_queue=context.owner_queue,
             prompt_tokens=list(tokens),
             max_tokens=max_tokens,
-            accepted_unix_ms=context.accepted_unix_ms,
-            deadline_unix_ms=context.accepted_unix_ms + int(context.deadline_s * 1000),
             choices=wanted.n,
             sampling=_sampling(wanted, prompt_index * wanted.n, model.vocab_size),
             stop=list(wanted.stop),
@@ -73,6 +57,31 @@ def build_jobs(
         )
         for prompt_index, tokens in enumerate(prompts)
     ]
+
+
+def shared_fields(context: JobContext) -> dict[str, Any]:
+    """What the jobs of one request have in common: all fields of `messages.Job` but the id."""
+    model = context.model
+    billing: BillingMode = "ppt" if context.route.billing == "ppt" else "resource"
+    return {
+        "request_id": context.request_id,
+        "team_id": context.principal.team_id,
+        "key_id": context.principal.key_id,
+        "resource_id": context.route.resource.resource_id,
+        "billing": billing,
+        "work_class": "live",
+        "model_type": model.model_type,
+        "model": ModelRef(
+            model_id=model.model_id,
+            revision=model.revision,
+            name=model.full_name,
+            folder=model.folder,
+            signature=model.signature,
+        ),
+        "owner_queue": context.owner_queue,
+        "accepted_unix_ms": context.accepted_unix_ms,
+        "deadline_unix_ms": context.accepted_unix_ms + int(context.deadline_s * 1000),
+    }
 
 
 def _sampling(wanted: GenerationRequest, first_choice: int, vocab_size: int) -> SamplingParams:

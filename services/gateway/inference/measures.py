@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from opentelemetry import trace
 from opentelemetry.metrics import Meter
 
-from services.gateway.inference.parameters import GenerationRequest
 from services.gateway.principal import ModelView, Principal, Route
 from shared import telemetry
 
@@ -37,7 +36,7 @@ class Measure:
     def __init__(
         self,
         metrics: InferenceMetrics,
-        wanted: GenerationRequest,
+        operation: str,
         principal: Principal,
         model: ModelView,
         route: Route,
@@ -47,7 +46,7 @@ class Measure:
         self._first_token_s: float | None = None
         self._last_token_s = 0.0
         self._attributes = {
-            telemetry.GEN_AI_OPERATION: wanted.operation,
+            telemetry.GEN_AI_OPERATION: operation,
             telemetry.GEN_AI_PROVIDER: "roundhouse",
             telemetry.GEN_AI_REQUEST_MODEL: model.full_name,
         }
@@ -60,8 +59,10 @@ class Measure:
             }
         )
 
-    def planned(self, max_tokens: int, prompt_tokens: int, job_ids: Sequence[str]) -> None:
-        self._span.set_attribute(telemetry.GEN_AI_MAX_TOKENS, max_tokens)
+    def planned(self, max_tokens: int | None, prompt_tokens: int, job_ids: Sequence[str]) -> None:
+        """max_tokens: None where there is no answer to limit."""
+        if max_tokens is not None:
+            self._span.set_attribute(telemetry.GEN_AI_MAX_TOKENS, max_tokens)
         self._span.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, prompt_tokens)
         self._span.set_attribute(telemetry.JOB_ID, job_ids[0] if len(job_ids) == 1 else list(job_ids))
 

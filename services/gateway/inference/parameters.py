@@ -6,7 +6,7 @@ extras that vLLM's server takes. Any other name is unknown. OpenAPI's schemas ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from services.gateway.inference.rules import (
     Strings,
     Text,
     TokenIds,
+    by_name,
     invalid_value,
     object_schema,
     parse_fields,
@@ -61,6 +62,14 @@ class GenerationRequest:
     include_usage: bool
     echo: bool
 
+    def named_tokens(self) -> Iterator[tuple[str, Sequence[int]]]:
+        """All token ids that the client named, by field."""
+        for prompt in self.prompts:
+            if not isinstance(prompt, str):
+                yield "prompt", prompt
+        yield "logit_bias", [token for token, _ in self.sampling.logit_bias]
+        yield "stop_token_ids", self.stop_token_ids
+
     def with_bad_words(self, spellings: Sequence[Sequence[int]]) -> GenerationRequest:
         """The same, its bad words known by their token ids."""
         words = [list(ids) for ids in spellings]
@@ -73,7 +82,7 @@ _BAD_WORDS = Strings(
     "May not stand in the answer, spelled as the tokenizer spells them: by themselves and after a space, or, if they begin "
     "with a space, as they are. Another case, or another cut into tokens, is another word.",
 )
-_MODEL = Field("model", Text(1, 256), required=True)
+MODEL = Field("model", Text(1, 256), required=True)
 _SAMPLING = (
     Field("temperature", NumberIn(0, 2), 1.0),
     Field("top_p", NumberIn(0, 1, low_excluded=True), 1.0),
@@ -99,7 +108,7 @@ _STREAM_OPTIONS = ObjectOf(
 )
 _N = Field("n", IntegerIn(1, MAX_N), 1)
 _SHARED = (
-    _MODEL,
+    MODEL,
     _N,
     Field("stop", _STOP, ()),
     Field("stream", Flag(), False),
@@ -134,11 +143,7 @@ _SHARED = (
 )
 
 
-def _table(*fields: Field) -> dict[str, Field]:
-    return {field.name: field for field in fields}
-
-
-COMPLETION_FIELDS = _table(
+COMPLETION_FIELDS = by_name(
     *_SHARED,
     Field("prompt", Prompts(), required=True),
     # 0 is for a prompt that is only to be scored.
@@ -151,7 +156,7 @@ COMPLETION_FIELDS = _table(
     Field("response_format", Only(({"type": "text"},))),
 )
 
-CHAT_FIELDS = _table(
+CHAT_FIELDS = by_name(
     *_SHARED,
     Field("messages", Messages(), required=True),
     Field("max_tokens", IntegerIn(1, MAX_TOKENS)),
@@ -191,7 +196,7 @@ CHAT_FIELDS = _table(
     Field("add_generation_prompt", Only((True,))),
 )
 
-VENDOR_FIELDS = _table(
+VENDOR_FIELDS = by_name(
     Field("prompt", TextPrompt()),
     Field("text", TextPrompt()),
     Field("max_tokens", IntegerIn(1, MAX_TOKENS)),

@@ -36,6 +36,7 @@ class Field:
 class IntegerIn:
     low: int
     high: int
+    description: str = ""
 
     def parse(self, value: Any, param: str) -> int:
         if type(value) is not int:  # a bool is an int to isinstance, and 5.0 is not one to anybody
@@ -45,7 +46,8 @@ class IntegerIn:
         return value
 
     def schema(self) -> Schema:
-        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+        described = {"description": self.description} if self.description else {}
+        return {"type": "integer", "minimum": self.low, "maximum": self.high, **described}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,23 @@ class Only:
             "enum": [*self.values, None],
             "description": "Not supported; only values that change nothing are accepted.",
         }
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    values: tuple[str, ...]
+    description: str = ""
+
+    def parse(self, value: Any, param: str) -> str:
+        if not isinstance(value, str):
+            raise invalid_type(param, "a string")
+        if value not in self.values:
+            raise invalid_value(param, f"must be one of {', '.join(self.values)}")
+        return value
+
+    def schema(self) -> Schema:
+        described = {"description": self.description} if self.description else {}
+        return {"type": ["string", "null"], "enum": [*self.values, None], **described}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +281,10 @@ def parse_fields(body: Mapping[str, Any], fields: Mapping[str, Field], prefix: s
         else:
             values[name] = field.rule.parse(given, f"{prefix}{name}")  # 4
     return values
+
+
+def by_name(*fields: Field) -> dict[str, Field]:
+    return {field.name: field for field in fields}
 
 
 def object_schema(fields: Iterable[Field]) -> Schema:

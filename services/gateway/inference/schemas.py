@@ -27,11 +27,12 @@ _FINISH_REASON: Schema = {"enum": ["stop", "length"]}
 MODEL = _object(id=_STRING, object={"const": "model"}, created=_INTEGER, owned_by=_STRING)
 MODEL_LIST = _object(object={"const": "list"}, data=_list(MODEL))
 
+_TIMINGS = _object(queue_ms=_NUMBER, swap_ms=_NUMBER, prefill_ms=_NUMBER, decode_ms=_NUMBER)
 USAGE = _object(
     prompt_tokens=_INTEGER,
     completion_tokens=_INTEGER,
     total_tokens=_INTEGER,
-    roundhouse=_object(queue_ms=_NUMBER, swap_ms=_NUMBER, prefill_ms=_NUMBER, decode_ms=_NUMBER),
+    roundhouse=_TIMINGS,
 )
 
 COMPLETION_LOGPROBS = _object(
@@ -76,6 +77,25 @@ CHAT_COMPLETION = _object(
         )
     ),
     usage=USAGE,
+)
+EMBEDDINGS = _object(
+    object={"const": "list"},
+    data=_list(
+        _object(
+            object={"const": "embedding"},
+            index=_INTEGER,
+            embedding={
+                "anyOf": [_list(_NUMBER), _STRING],
+                "description": "Of length 1. As text: base64 of little-endian 32-bit floats.",
+            },
+        )
+    ),
+    model=_STRING,
+    usage=_object(
+        prompt_tokens=_INTEGER,
+        total_tokens=_INTEGER,
+        roundhouse=_TIMINGS,
+    ),
 )
 VENDOR_COMPLETION: Schema = {
     "type": "object",

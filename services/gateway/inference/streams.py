@@ -17,7 +17,7 @@ from services.gateway.inference.checks import refusal_of
 from services.gateway.inference.frames import WAITING, Frames
 from services.gateway.inference.generation import Generation
 from services.gateway.inference.measures import Measure
-from services.gateway.inference.responses import Spellings, tokens_in, usage_of
+from services.gateway.inference.responses import Spellings, tokens_in
 from services.gateway.owner import Finished, JobEvent
 
 # Below a transport's low-water mark (16 KiB by default) a write does not wait, so it needs no time-out: a token's usual case.
@@ -106,8 +106,7 @@ async def stream_answer(
                     writer.written()
                 raise refusal
             if generation.is_over():
-                timings = [end.timings for end in generation.finished if end is not None]
-                data += frames.end(usage_of(generation.prompt_tokens, generation.completion_tokens, timings))
+                data += frames.end(generation.usage())
             if data:
                 await stream.write(data)  # 3
                 writer.written()
@@ -135,7 +134,7 @@ class _Writer:
         self._generation = generation
         self._frames = frames
         self._spell = spell
-        self._choices = generation.jobs[0].choices
+        self._choices = generation.choices_per_job
         self._begun = False
         # Tokens by choice whose text is still held back, and tokens by job that the next write shows.
         self._held_back: Counter[int] = Counter()

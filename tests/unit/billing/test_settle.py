@@ -19,6 +19,26 @@ from tests.unit.billing.builders import make_usage, make_void
         pytest.param([make_usage()], "succeeded", 10, 20, id="succeeded"),
         pytest.param([make_usage(outcome="cancelled")], "cancelled", 10, 20, id="cancelled-after-prefill"),
         pytest.param(
+            [make_usage(operation="embeddings", completion_tokens=0)], "succeeded", 10, 0, id="embedded"
+        ),
+        pytest.param(
+            [make_usage(operation="embeddings", completion_tokens=0, prefill_ran=False)],
+            "succeeded",
+            10,
+            0,
+            id="embedded-by-a-worker-that-could-not-report",
+        ),
+        pytest.param(
+            [
+                make_void(operation="embeddings", delivered_tokens=0),
+                make_usage(operation="embeddings", outcome="cancelled", completion_tokens=0),
+            ],
+            "cancelled",
+            10,
+            0,
+            id="embedded-in-part-when-the-client-went",
+        ),
+        pytest.param(
             [make_usage(outcome="cancelled", prefill_ran=False, completion_tokens=0)],
             "cancelled",
             0,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from services.scheduler.dead_letters import read_dead_letter
-from shared.messages import GenerateJob, ModelRef
+from shared.messages import EmbedJob, GenerateJob, Job, ModelRef
 
 JOB = GenerateJob(
     job_id="job_1",
@@ -53,6 +53,12 @@ def test_the_origin_is_read_from_our_headers_or_the_brokers(
 def test_a_job_is_known_and_its_body_not_kept() -> None:
     letter = read_dead_letter(BODY, "job.generate.v1", OURS)
     assert letter.job == JOB and letter.body is None
+
+
+def test_a_job_of_another_kind_is_known_too() -> None:
+    common = {name: getattr(JOB, name) for name in Job.__struct_fields__}
+    job = EmbedJob(**common, operation="embeddings", inputs=[[1, 2], [3]])
+    assert read_dead_letter(msgspec.json.encode(job), "job.embed.v1", OURS).job == job
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"{}", BODY[:-1], b"[" * 10_000])

@@ -11,9 +11,11 @@ from shared.messages import (
     CancelJob,
     ChoiceResult,
     Drop,
+    EmbedJob,
     FinishedReport,
     GenerateJob,
     Granted,
+    Job,
     JobClaimed,
     JobFinished,
     ModelRef,
@@ -355,3 +357,61 @@ def test_any_loss_doubling_reordering_and_crash_still_shows_each_token_once_in_o
         act(owned.on_tick(now_s, 1e9))
     assert owned.state is JobState.SUCCEEDED
     assert shown == list(range(total))
+
+
+# ---- jobs without an answer
+
+
+def owned_embed_job() -> OwnedJob:
+    common = {name: getattr(make_job(), name) for name in Job.__struct_fields__}
+    return OwnedJob(
+        EmbedJob(**common, operation="embeddings", inputs=[[1], [2, 3]]), deadline_s=60.0, now_s=0.0
+    )
+
+
+def embedded(worker: str, attempt: int) -> JobFinished:
+    vectors = [worker.encode(), b"second"]
+    return JobFinished(
+        job_id="job_1", attempt=attempt, worker_id=worker, outcome="succeeded", embeddings=vectors
+    )
+
+
+def test_vectors_come_with_the_end_and_the_report_has_no_tokens() -> None:
+    owned = owned_embed_job()
+    [answer] = owned.on_claim(claim("w1"), 1.0)
+    assert isinstance(answer, Send) and isinstance(answer.message, Granted)
+    assert (answer.message.attempt, answer.message.prior_tokens) == (1, [])
+    [end] = owned.on_finished(embedded("w1", 1), 2.0)
+    assert isinstance(end, End)
+    assert (end.outcome, end.embeddings, end.by_worker) == ("succeeded", (b"w1", b"second"), True)
+    assert owned.report == FinishedReport(attempt=1, outcome="succeeded", completion_tokens=0)
+
+
+def test_a_dead_workers_vectors_do_not_count_once_another_has_the_job() -> None:
+    owned = owned_embed_job()
+    owned.on_claim(claim("w1"), 1.0)
+    owned.on_claim(claim("w2"), 2.0)
+    grant, *_ = [
+        action.message
+        for action in owned.on_tick(2.0 + HOLDER_SILENCE_S, 100.0)
+        if isinstance(action, Send) and isinstance(action.message, Granted)
+    ]
+    assert (grant.attempt, grant.prior_tokens) == (2, [])
+    assert owned.on_finished(embedded("w1", 1), 5.0) == []
+    [end] = owned.on_finished(embedded("w2", 2), 6.0)
+    assert isinstance(end, End) and end.embeddings == (b"w2", b"second")
+
+
+def test_tokens_for_a_job_without_choices_are_ignored() -> None:
+    owned = owned_embed_job()
+    owned.on_claim(claim("w1"), 1.0)
+    assert owned.on_delta("w1", delta(1, 0), 2.0) == []
+    assert not owned.over
+
+
+def test_a_failed_job_has_no_vectors() -> None:
+    owned = owned_embed_job()
+    owned.on_claim(claim("w1"), 1.0)
+    actions = owned.give_up("expired", "deadline_exceeded", None, 60.0)
+    [end] = [action for action in actions if isinstance(action, End)]
+    assert (end.outcome, end.embeddings, end.by_worker) == ("expired", (), False)

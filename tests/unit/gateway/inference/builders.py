@@ -23,7 +23,7 @@ from services.gateway.inference.tokenization import LoadedTokenizer, load_tokeni
 from services.gateway.owner import AbandonReason, Finished, OwnedStream, Owner, TextDelta
 from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from shared import telemetry
-from shared.messages import GenerateJob, Timings, TokenLogprob
+from shared.messages import GenerateJob, JobQueueMessage, Timings, TokenLogprob
 from shared.ownership import OwnedJob
 from shared.topology import Queue
 
@@ -123,12 +123,12 @@ class FakeOwner:
 
     def __init__(self, script: Script) -> None:
         self.script = script
-        self.jobs: list[GenerateJob] = []
+        self.jobs: list[Any] = []
         self.voided: list[tuple[str, AbandonReason, int]] = []
         self.was_voided = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def submit(self, job: GenerateJob, queue: Queue) -> OwnedStream:
+    async def submit(self, job: JobQueueMessage, queue: Queue) -> OwnedStream:
         # Its clock and its claims are not looked at here.
         owned = OwnedJob(job, deadline_s=1e9, now_s=0.0)
         stream = OwnedStream(cast(Owner, self), owned, queue)
@@ -141,7 +141,7 @@ class FakeOwner:
         self.was_voided.set()
 
 
-Script = Callable[[GenerateJob, OwnedStream], Coroutine[Any, Any, None]]
+Script = Callable[[Any, OwnedStream], Coroutine[Any, Any, None]]
 
 
 def delta(

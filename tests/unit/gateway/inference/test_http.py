@@ -490,7 +490,7 @@ async def test_vendor_statuses_differ_where_the_vendors_did(
         ("/v1/completions", {"model": MODEL, "prompt": [300]}, 400, "invalid_token_id"),
         ("/v1/completions", {"model": MODEL, "prompt": "x", "max_tokens": 0}, 400, "invalid_value"),
         ("/v1/completions", [], 400, "invalid_json"),
-        ("/v1/embeddings", {"model": MODEL, "input": "x"}, 404, "not_found"),
+        ("/v1/images/generations", {"model": MODEL, "prompt": "x"}, 404, "not_found"),
         ("/v1/responses", {"model": MODEL, "input": "x"}, 404, "not_found"),
         ("/models/acme/other/completions", {"prompt": "x"}, 404, "model_not_found"),
     ],
@@ -509,7 +509,7 @@ async def test_refusal_is_json_with_a_code_and_starts_no_job(
 async def test_refused_submit_reaches_the_client(tmp_path: Path) -> None:
     owner = FakeOwner(say_hello)
 
-    async def full(job: GenerateJob, queue: Any) -> OwnedStream:
+    async def full(job: Any, queue: Any) -> OwnedStream:
         if job.sampling.seed == 0:
             return await FakeOwner.submit(owner, job, queue)
         raise ApiError(429, "queue_full", "The resource's queue is full.", retry_after_s=2)

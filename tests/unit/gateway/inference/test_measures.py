@@ -19,7 +19,7 @@ def measured(*, succeeds: bool) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     metrics = InferenceMetrics(MeterProvider([reader]).get_meter("test"))
     wanted = parse_completion({"model": "tiny", "prompt": SECRET}, random_seed=1)
     with TracerProvider().get_tracer("test").start_as_current_span("POST /v1/completions") as span:
-        measure = Measure(metrics, wanted, make_principal(), make_model(), make_route())
+        measure = Measure(metrics, wanted.operation, make_principal(), make_model(), make_route())
         measure.planned(16, 21, ["job_1"])
         measure.saw_tokens()
         measure.saw_tokens()
