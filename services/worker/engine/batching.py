@@ -89,6 +89,17 @@ def choose_admission(
     return blocks if blocks + found.idle + running <= free_blocks else None
 
 
+def waits_for_prefix(left_blocks: int, coming_blocks: int) -> bool:
+    """Whether a sequence that could start lets another, which computes its beginning right now, go first.
+
+    left_blocks: full blocks that it would have to compute. coming_blocks: of these, the first that are being computed.
+
+    1. Worth it from half on: as when several answers to one prompt come at once. Below that, it would rather compute
+       beside the other than stand back for little.
+    """
+    return coming_blocks > 0 and 2 * coming_blocks >= left_blocks
+
+
 def plan_step(
     running: Sequence[SequenceView], chunk_tokens: int, step_tokens: int, turn: int
 ) -> list[ModelBatch]:

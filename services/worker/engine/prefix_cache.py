@@ -44,6 +44,31 @@ class PrefixNames:
         return names[:count] if count < len(names) else names
 
 
+class ComingNames:
+    """Names of blocks that running sequences compute right now; a name may be announced by several."""
+
+    def __init__(self) -> None:
+        self._counts: dict[bytes, int] = {}
+
+    def announce(self, names: Sequence[bytes]) -> None:
+        for name in names:
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def withdraw(self, names: Sequence[bytes]) -> None:
+        for name in names:
+            if self._counts[name] == 1:
+                del self._counts[name]
+            else:
+                self._counts[name] -= 1
+
+    def count_first(self, names: Sequence[bytes]) -> int:
+        """How many of the first names are coming, up to one that is not."""
+        for count, name in enumerate(names):
+            if name not in self._counts:
+                return count
+        return len(names)
+
+
 class BlockAllocator:
     """Blocks 1 .. count. Each is held by one or several sequences, or idle: remembered by name, or blank.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 
-from .batching import FoundPrefix, choose_admission, choose_victim
-from .prefix_cache import BlockAllocator
+from .batching import FoundPrefix, choose_admission, choose_victim, waits_for_prefix
+from .prefix_cache import BlockAllocator, ComingNames
 from .sequence import LiveSequence
 
 
@@ -14,6 +15,7 @@ class Residents:
 
     def __init__(self, blocks: BlockAllocator, block_tokens: int, max_batch: int) -> None:
         self._blocks, self._block_tokens, self._max_batch = blocks, block_tokens, max_batch
+        self._coming = ComingNames()
         self.running: dict[str, LiveSequence] = {}
         self.waiting: OrderedDict[str, LiveSequence] = OrderedDict()
 
@@ -21,16 +23,24 @@ class Residents:
         self.waiting[sequence.sequence_id] = sequence
 
     def admit(self) -> None:
-        """Starts who may start; what others of the same team computed before counts as computed."""
-        while self.waiting:
-            sequence = next(iter(self.waiting.values()))
-            if len(self.running) >= self._max_batch:
-                return
-            found = self._find_prefix(sequence)
+        """Starts who may start; what others of the same team computed before counts as computed.
+
+        A place is kept for who waits for another's prefix.
+        """
+        places = self._max_batch - len(self.running)
+        kept = 0
+        for sequence in list(islice(self.waiting.values(), places)):
+            full = sequence.reusable_tokens // self._block_tokens
+            names = sequence.names.first(full, sequence.known)
+            found = self._blocks.find(sequence.view.model, names)
+            left = names[len(found) :]
+            if waits_for_prefix(len(left), self._coming.count_first(left)):
+                kept += 1
+                continue
             wanted = choose_admission(
                 sequence.view,
                 FoundPrefix(len(found), sum(map(self._blocks.is_idle, found))),
-                len(self.running),
+                len(self.running) + kept,
                 self._blocks.free,
                 self._max_batch,
                 self._block_tokens,
@@ -39,6 +49,8 @@ class Residents:
                 return
             del self.waiting[sequence.sequence_id]
             self._start(sequence, found, wanted)
+            sequence.announced = left
+            self._coming.announce(left)
 
     def make_room(self) -> None:
         """Each sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
@@ -61,6 +73,7 @@ class Residents:
             for index in range(sequence.findable_blocks, full):
                 self._blocks.remember(sequence.view.model, sequence.blocks[index], names[index])
             sequence.findable_blocks = full
+        self._withdraw(sequence)
 
     def leave(self, sequence: LiveSequence, has_failed: bool = False) -> None:
         """Its blocks are free, those that were proven stay findable; of one that failed, none does."""
@@ -74,10 +87,6 @@ class Residents:
         self.waiting.pop(sequence_id, None)
         if sequence_id in self.running:
             self.leave(self.running[sequence_id])
-
-    def _find_prefix(self, sequence: LiveSequence) -> list[int]:
-        full = sequence.reusable_tokens // self._block_tokens
-        return self._blocks.find(sequence.view.model, sequence.names.first(full, sequence.known))
 
     def _start(self, sequence: LiveSequence, found: list[int], wanted: int) -> None:
         self._blocks.share(found)
@@ -105,7 +114,13 @@ class Residents:
         self.waiting[sequence_id] = sequence
         self.waiting.move_to_end(sequence_id, last=False)
 
+    def _withdraw(self, sequence: LiveSequence) -> None:
+        if sequence.announced:
+            self._coming.withdraw(sequence.announced)
+            sequence.announced = []
+
     def _release(self, sequence: LiveSequence) -> None:
+        self._withdraw(sequence)
         self._blocks.give_back(sequence.blocks)
         sequence.blocks = []
         sequence.findable_blocks = 0

@@ -28,7 +28,8 @@ class Advance:
 class LiveSequence:
     """known: prompt and generated tokens. names: of the blocks that they fill.
 
-    blocks: held, in order of the tokens; the first `findable_blocks` of them can be found by others of the same team.
+    blocks: held, in order of the tokens; the first `findable_blocks` of them can be found by others of the same team,
+    those named in `announced` will be.
     cached_prompt_tokens: of the prompt, how many were found computed when it started.
     """
 
@@ -37,10 +38,12 @@ class LiveSequence:
     text: TextStream
     sampling: SamplingState
     known: list[int]
+    ending_tokens: frozenset[int]
     view: SequenceView
     names: PrefixNames
     blocks: list[int] = field(default_factory=list)
     findable_blocks: int = 0
+    announced: list[bytes] = field(default_factory=list)
     cached_prompt_tokens: int = 0
     is_prefill_reported: bool = False
     finish_reason: str | None = None
@@ -54,7 +57,7 @@ class LiveSequence:
 
     @property
     def generated(self) -> int:
-        return len(self.known) - len(self.request.prompt_tokens)
+        return self.view.known_tokens - self.view.prompt_tokens
 
     @property
     def unscored_prompt(self) -> int:
@@ -106,7 +109,7 @@ class LiveSequence:
         self.known.append(token)
         self.view.known_tokens += 1
         self.sampling.note(token)
-        if index >= request.sampling.min_tokens and token in self._ending_tokens():
+        if index >= request.sampling.min_tokens and token in self.ending_tokens:
             return self._finish(self.text.flush(), "stop")
         released = self.text.push(token)
         if released.is_stopped:
@@ -119,9 +122,6 @@ class LiveSequence:
         self.finish_reason = reason
         return Advance(text, reason)
 
-    def _ending_tokens(self) -> tuple[int, ...]:
-        return ending_tokens(self.request, self.model)
-
 
 def ending_tokens(request: SequenceRequest, model: LoadedModel) -> tuple[int, ...]:
     eos = () if request.sampling.ignore_eos else model.info.eos_token_ids
@@ -133,14 +133,14 @@ def make_sequence(
 ) -> LiveSequence:
     """A sequence with its prior tokens replayed: finished already if these say so."""
     prompt: Sequence[int] = list(request.prompt_tokens)
+    endings = ending_tokens(request, model)
     sequence = LiveSequence(
         request=request,
         model=model,
         text=TextStream(model.byte_table, request.stop, request.sampling.min_tokens),
-        sampling=make_state(
-            request.sampling, prompt, ending_tokens(request, model), model.info.vocab_size, device
-        ),
+        sampling=make_state(request.sampling, prompt, endings, model.info.vocab_size, device),
         known=list(prompt),
+        ending_tokens=frozenset(endings),
         view=SequenceView(
             sequence_id=request.sequence_id,
             model=model.info.handle,

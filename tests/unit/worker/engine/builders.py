@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
@@ -75,6 +77,21 @@ def save_model(folder: Path, config: PretrainedConfig, seed: int = 0, scale: flo
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return model
+
+
+def save_poisoned(folder: Path, source: Path, token: int) -> None:
+    """The tiny model again, but whose embedding of `token` is NaN: who reads it has no finite logits any more."""
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"]
+    embedding = head.clone()
+    embedding[token] = float("nan")
+    save_file(
+        {**tensors, "model.embed_tokens.weight": embedding, "lm_head.weight": head},
+        folder / "model.safetensors",
+    )
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
 
 
 def make_engine(folder: Path, handle: str = "m", **changes: Any) -> Engine:

@@ -15,6 +15,7 @@ from services.worker.engine.batching import (
     choose_admission,
     choose_victim,
     plan_step,
+    waits_for_prefix,
 )
 
 
@@ -71,6 +72,14 @@ def test_choose_admission(
         waiting, FoundPrefix(*found), running, free_blocks, max_batch=9, block_tokens=16
     )
     assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("left_blocks", "coming_blocks", "expected"),
+    [(0, 0, False), (4, 0, False), (4, 1, False), (4, 2, True), (5, 2, False), (5, 5, True)],
+)
+def test_waits_for_prefix(left_blocks: int, coming_blocks: int, expected: bool) -> None:
+    assert waits_for_prefix(left_blocks, coming_blocks) is expected
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from tests.unit.worker.engine.builders import (
     make_request,
     run_all,
     save_model,
+    save_poisoned,
     tiny_config,
 )
 from tests.unit.worker.engine.conftest import TinyModel
@@ -348,24 +349,7 @@ def test_step_report_counts_tokens_and_names_what_was_prefilled(tiny: TinyModel)
 
 def test_sequence_with_logits_that_are_not_finite_fails_alone(tmp_path: Path, tiny: TinyModel) -> None:
     """One token's embedding is NaN: who uses it fails, whoever gets its blocks next does not."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(tiny.folder / "model.safetensors")
-    poisoned = tensors["model.embed_tokens.weight"].clone()
-    poisoned[200] = float("nan")
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes((tiny.folder / name).read_bytes())
-    head = tensors["model.embed_tokens.weight"]
-    save_file(
-        {**tensors, "model.embed_tokens.weight": poisoned, "lm_head.weight": head},
-        tmp_path / "model.safetensors",
-    )
-    config = (
-        (tmp_path / "config.json")
-        .read_text()
-        .replace('"tie_word_embeddings": true', '"tie_word_embeddings": false')
-    )
-    (tmp_path / "config.json").write_text(config)
+    save_poisoned(tmp_path, tiny.folder, token=200)
     healthy = [make_request(f"ok{n}", [5 + n] * 20, 10) for n in range(3)]
     expected = run_all(make_engine(tiny.folder), healthy)
 
@@ -398,6 +382,60 @@ def test_pass_that_breaks_fails_only_the_sequence_that_breaks_it(
     assert answers["culprit"].error is not None and "allocate" in answers["culprit"].error
     assert [answers[key].tokens for key in "ab"] == [expected[key].tokens for key in "ab"]
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8])
+def test_broken_pass_is_searched_by_halves(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Any kind of error: not every library that computes raises RuntimeError."""
+    engine = make_engine(tiny.folder)
+    decoder = engine._models["m"].decoder
+    forward = decoder.forward
+    passes = 0
+
+    def forward_or_break(batch: PackedTokens, *rest: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if 99 in batch.tokens:
+            raise IndexError("index out of range in self")
+        return forward(batch, *rest)
+
+    monkeypatch.setattr(decoder, "forward", forward_or_break)
+    requests = [make_request(str(n), [99 if n == count // 2 else 5 + n], 3) for n in range(count)]
+    for request in requests:
+        engine.add(request)
+    ends = {delta.sequence_id: delta.error for delta in engine.step().deltas}
+    assert ends == {
+        str(n): "IndexError: index out of range in self" if n == count // 2 else None for n in range(count)
+    }
+    assert passes <= 1 + 2 * (count - 1).bit_length()
+
+
+def test_broken_device_is_no_sequences_failure(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access a GPU answers nobody: the process has to end, and its jobs go elsewhere."""
+    engine = make_engine(tiny.folder)
+
+    def forward_illegally(*_: Any) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._models["m"].decoder, "forward", forward_illegally)
+    engine.add(make_request("a", [5], 3))
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+def test_prompt_scores_that_are_not_finite_fail_alone(tmp_path: Path, tiny: TinyModel) -> None:
+    """Without an answer no logits are drawn from, so that only the scores show it."""
+    save_poisoned(tmp_path, tiny.folder, token=200)
+    scored = Sampling(temperature=0.0, logprobs=0)
+    requests = [
+        make_request(name, prompt, 0, echo_logprobs=True, sampling=scored)
+        for name, prompt in (("bad", [5, 200, 6, 7]), ("good", [5, 9, 6, 7]))
+    ]
+    answers = run_all(make_engine(tmp_path), requests)
+    assert answers["bad"].error is not None and answers["bad"].prompt_logprobs == ()
+    assert answers["good"].error is None and len(answers["good"].prompt_logprobs) == 3
 
 
 def test_models_take_turns_so_that_one_cannot_starve_another(tiny: TinyModel) -> None:

@@ -330,3 +330,53 @@ def test_resume_finds_prompt_and_prior_tokens(tiny: TinyModel) -> None:
     assert (first.prefill_tokens, first.decode_tokens) == (70 - 64, 0)
     rest = [token for delta in first.deltas for token in delta.tokens] + run_all(engine)["b"].tokens
     assert rest == whole.tokens[50:]
+
+
+def test_several_answers_to_one_prompt_compute_it_once(tiny: TinyModel) -> None:
+    requests = [make_request(str(n), PROMPT, 10, sampling=Sampling(seed=n)) for n in range(4)]
+    engine = make_engine(tiny.folder)
+    for request in requests:
+        engine.add(request)
+    reports = [engine.step(), engine.step()]
+    assert [report.prefill_tokens for report in reports] == [100, 3 * 4]
+    assert [len(report.deltas) for report in reports] == [1, 4]
+    alone = [run_all(make_engine(tiny.folder), [each])[each.sequence_id].tokens for each in requests]
+    first = {delta.sequence_id: list(delta.tokens) for delta in reports[0].deltas}
+    for delta in reports[1].deltas:
+        first.setdefault(delta.sequence_id, []).extend(delta.tokens)
+    rest = run_all(engine)
+    assert [first[key] + (rest[key].tokens if key in rest else []) for key in "0123"] == alone
+
+
+@pytest.mark.parametrize("leaves", ["cancelled", "failed"])
+def test_nobody_waits_for_a_prefix_that_will_not_come(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, leaves: str
+) -> None:
+    engine = make_engine(tiny.folder, prefill_chunk_tokens=32)
+    engine.add(make_request("a", PROMPT, 3))
+    engine.add(make_request("b", PROMPT, 3))
+    engine.step()
+    assert (engine.active_sequences, engine.waiting_sequences) == (1, 1)
+    if leaves == "cancelled":
+        engine.cancel("a")
+    else:
+
+        def forward_out_of_memory(*_: Any) -> torch.Tensor:
+            raise MemoryError
+
+        with monkeypatch.context() as broken:
+            broken.setattr(engine._models["m"].decoder, "forward", forward_out_of_memory)
+            assert engine.step().deltas[0].error is not None
+    engine.step()
+    assert list(engine._residents.running) == ["b"]
+    assert len(run_all(engine)["b"].tokens) == 3
+
+
+def test_place_is_kept_for_who_waits_for_a_prefix(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder, max_batch=2)
+    for name, prompt in (("a", PROMPT), ("b", PROMPT), ("late", [5, 6, 7])):
+        engine.add(make_request(name, prompt, 30, sampling=FREE))
+    engine.step()
+    assert engine.active_sequences == 1
+    engine.step()
+    assert set(engine._residents.running) == {"a", "b"}
