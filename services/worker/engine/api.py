@@ -22,7 +22,8 @@ class EngineConfig:
 
     prefill_chunk_tokens: prompts are cut at multiples of it. step_tokens: what one step computes over all models; answers
     take theirs first, prompts the rest. None: one chunk beside a full batch.
-    block_tokens: of one block of the pool; kernels know 16 only.
+    block_tokens: of one block of the pool; kernels know 16 only. kernels: "auto" takes the fastest that can serve a model;
+    "torch" and "native" are for comparing them.
     """
 
     device: str = "cpu"
@@ -34,6 +35,7 @@ class EngineConfig:
     step_tokens: int | None = None
     block_tokens: int = 16
     threads: int = 1
+    kernels: Literal["auto", "torch", "native"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

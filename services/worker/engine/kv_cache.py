@@ -39,17 +39,19 @@ class KVPool:
         self.block_tokens = block_tokens
         shape = (layers, 2, blocks + 1, self.kv_heads, block_tokens, self.head_dim)
         self._pool = _cold_zeros(shape, dtype, device)
+        self.blocks = blocks + 1
         self._by_token = self._pool.view(layers, 2, -1, self.head_dim)
         self._by_head_block = self._pool.view(layers, 2, -1, block_tokens * self.head_dim)
+
+    @property
+    def storage(self) -> torch.Tensor:
+        """All of it, for kernels, which may lay out the inside of a block as they like."""
+        return self._pool
 
     def write(self, layer: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """places: (tokens * kv_heads,) from `token_places`; keys, values: (tokens, kv_heads, head_dim)."""
         self._by_token[layer, 0].index_copy_(0, places, keys.reshape(-1, self.head_dim))
         self._by_token[layer, 1].index_copy_(0, places, values.reshape(-1, self.head_dim))
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's keys and values, (blocks, kv_heads, block_tokens, head_dim) each: the memory itself."""
-        return self._pool[layer, 0], self._pool[layer, 1]
 
     def gather(self, layer: int, head_blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """head_blocks: (sequences, kv_heads, blocks). Returns keys and values (sequences, kv_heads, tokens, head_dim)."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from services.worker.engine.native.build import load_library
 from tests.unit.worker.engine.builders import save_model, save_tokenizer, tiny_config
 
 
@@ -36,3 +37,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both ways of computing on a CPU; the C kernels only where there can be any."""
+    chosen: str = request.param
+    library = load_library()
+    if chosen == "native" and library.library is None:
+        pytest.skip(library.reason)
+    return chosen

@@ -38,7 +38,7 @@ _OPT: dict[str, Any] = {
     "max_position_embeddings": 512,
     "pad_token_id": 1,
 }
-_BLOOM: dict[str, Any] = {**_COMMON, "hidden_size": 48, "n_layer": 3, "seq_length": 512}
+_BLOOM: dict[str, Any] = {**_COMMON, "n_layer": 3, "seq_length": 512}
 
 
 def _rope(**settings: Any) -> dict[str, Any]:
@@ -71,7 +71,9 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "gptj": GPTJConfig(**_GPT, rotary_dim=8),
     "gptj, tied, all channels turn": GPTJConfig(**_GPT, rotary_dim=16, n_inner=96, tie_word_embeddings=True),
     "codegen": CodeGenConfig(**_GPT, rotary_dim=8, n_ctx=512),
-    "codegen, eight heads": CodeGenConfig(**{**_GPT, "n_head": 8}, rotary_dim=4, n_ctx=512, n_inner=80),
+    "codegen, eight heads": CodeGenConfig(
+        **{**_GPT, "n_embd": 128, "n_head": 8}, rotary_dim=4, n_ctx=512, n_inner=80
+    ),
     "gpt_neox": GPTNeoXConfig(**_NEOX),
     "gpt_neox, sequential": GPTNeoXConfig(**_NEOX, use_parallel_residual=False, hidden_act="gelu_new"),
     "gpt_neox, all channels turn, tied, no attention bias": GPTNeoXConfig(
@@ -89,8 +91,8 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "opt, untied, gelu, no biases": OPTConfig(
         **_OPT, tie_word_embeddings=False, activation_function="gelu", enable_bias=False
     ),
-    "bloom": BloomConfig(**_BLOOM, n_head=4),
+    "bloom": BloomConfig(**_BLOOM, hidden_size=64, n_head=4),
     # Not a power of two: the slopes come from two series.
-    "bloom, six heads, untied": BloomConfig(**_BLOOM, n_head=6, tie_word_embeddings=False),
+    "bloom, six heads, untied": BloomConfig(**_BLOOM, hidden_size=96, n_head=6, tie_word_embeddings=False),
 }
 TYPES = ("mistral", "qwen2", "qwen3", "gptj", "codegen", "gpt_neox", "gpt2", "opt", "bloom")

@@ -15,8 +15,9 @@ from tests.unit.worker.engine.builders import (
     VOCAB_SIZE,
     make_engine,
     make_request,
+    oracle_greedy,
     run_all,
-    save_varied_model,
+    save_model,
 )
 from tests.unit.worker.engine.family_configs import VARIANTS
 
@@ -24,7 +25,7 @@ from tests.unit.worker.engine.family_configs import VARIANTS
 PROMPT_LENGTHS = (1, 15, 17, 40, 126, 140)
 ANSWER_TOKENS = 12
 # The normed embedding, which is the head as well, outweighs three layers of smaller weights.
-SCALES = {"bloom": 40.0}
+SCALES = {"bloom": 25.0}
 SCORED = Sampling(temperature=0.0, logprobs=3)
 
 
@@ -44,16 +45,18 @@ class Case:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Seeds are tried until answers have 5 different tokens on the average: one token repeated would prove nothing."""
     folder = tmp_path_factory.mktemp("variant")
-    scale = SCALES.get(request.param, 12.0)
-    oracle, expected = save_varied_model(
-        folder, VARIANTS[request.param], random_prompts(), ANSWER_TOKENS, scale
-    )
-    return Case(folder, oracle, expected)
+    for seed in range(12):
+        oracle = save_model(folder, VARIANTS[request.param], seed=seed, scale=SCALES.get(request.param, 12.0))
+        expected = [oracle_greedy(oracle, prompt, ANSWER_TOKENS) for prompt in random_prompts()]
+        if sum(len(set(answer)) for answer in expected) >= 5 * len(expected):
+            return Case(folder, oracle, expected)
+    raise AssertionError("no seed gives answers that would prove anything")
 
 
-def test_greedy_equals_transformers_when_each_request_is_alone(case: Case) -> None:
-    engine = make_engine(case.folder)
+def test_greedy_equals_transformers_when_each_request_is_alone(case: Case, kernels: str) -> None:
+    engine = make_engine(case.folder, kernels=kernels)
     for prompt, expected in zip(random_prompts(), case.expected, strict=True):
         answer = run_all(engine, [make_request("only", prompt, ANSWER_TOKENS)])["only"]
         assert answer.tokens == expected, f"prompt of {len(prompt)} tokens"
@@ -66,16 +69,18 @@ def test_greedy_equals_transformers_when_each_request_is_alone(case: Case) -> No
         pytest.param({"prefill_chunk_tokens": 64, "kv_tokens": 256}, id="pre-emption"),
     ],
 )
-def test_greedy_equals_transformers_in_a_ragged_batch(case: Case, changes: dict[str, Any]) -> None:
+def test_greedy_equals_transformers_in_a_ragged_batch(
+    case: Case, changes: dict[str, Any], kernels: str
+) -> None:
     requests = [make_request(str(n), prompt, ANSWER_TOKENS) for n, prompt in enumerate(random_prompts())]
-    answers = run_all(make_engine(case.folder, **changes), requests)
+    answers = run_all(make_engine(case.folder, kernels=kernels, **changes), requests)
     assert [answers[str(n)].tokens for n in range(len(requests))] == case.expected
 
 
-def test_logprobs_equal_transformers(case: Case) -> None:
+def test_logprobs_equal_transformers(case: Case, kernels: str) -> None:
     prompt = random_prompts()[5]
     request = make_request("a", prompt, 6, sampling=SCORED, echo_logprobs=True)
-    answer = run_all(make_engine(case.folder), [request])["a"]
+    answer = run_all(make_engine(case.folder, kernels=kernels), [request])["a"]
     with torch.inference_mode():
         expected = torch.log_softmax(case.oracle(torch.tensor([prompt + answer.tokens])).logits[0], dim=-1)
     scored = [*answer.prompt_logprobs, *answer.logprobs]

@@ -60,9 +60,9 @@ def test_greedy_equals_transformers_when_each_request_is_alone(
     ],
 )
 def test_greedy_equals_transformers_in_a_ragged_batch(
-    tiny: TinyModel, expected: list[list[int]], changes: dict[str, Any]
+    tiny: TinyModel, expected: list[list[int]], changes: dict[str, Any], kernels: str
 ) -> None:
-    engine = make_engine(tiny.folder, **changes)
+    engine = make_engine(tiny.folder, kernels=kernels, **changes)
     answers = run_all(
         engine, [make_request(str(n), prompt, ANSWER_TOKENS) for n, prompt in enumerate(random_prompts())]
     )
@@ -105,7 +105,7 @@ def test_repetition_penalty_equals_transformers(tiny: TinyModel) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("int8", 0.03)])
 def test_lower_precision_stays_within_its_tolerance_of_fp32(
-    tmp_path: Path, precision: str, tolerance: float
+    tmp_path: Path, precision: str, tolerance: float, kernels: str
 ) -> None:
     """Mean absolute error of prompt logprobs over their spread; weights at their usual scale, not the widened one."""
     save_model(tmp_path, tiny_config(), scale=2.0)
@@ -115,20 +115,20 @@ def test_lower_precision_stays_within_its_tolerance_of_fp32(
         request = make_request(
             "a", prompt, 1, echo_logprobs=True, sampling=Sampling(temperature=0.0, logprobs=0)
         )
-        answer = run_all(make_engine(tmp_path, precision=each), [request])["a"]
+        answer = run_all(make_engine(tmp_path, precision=each, kernels=kernels), [request])["a"]
         scored[each] = torch.tensor([entry.logprob for entry in answer.prompt_logprobs])
     spread = scored["fp32"].std()
     assert ((scored["fp32"] - scored[precision]).abs().mean() / spread).item() < tolerance
 
 
-def test_bf16_logprobs_are_close_to_transformers_bf16(tmp_path: Path) -> None:
+def test_bf16_logprobs_are_close_to_transformers_bf16(tmp_path: Path, kernels: str) -> None:
     oracle = save_model(tmp_path, tiny_config(), scale=2.0).to(torch.bfloat16)
     prompt = random_prompts()[9]
     with torch.inference_mode():
         logits = oracle(torch.tensor([prompt])).logits[0].float()
     expected = torch.log_softmax(logits, dim=-1)[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
     request = make_request("a", prompt, 1, echo_logprobs=True, sampling=Sampling(temperature=0.0, logprobs=0))
-    answer = run_all(make_engine(tmp_path, precision="bf16"), [request])["a"]
+    answer = run_all(make_engine(tmp_path, precision="bf16", kernels=kernels), [request])["a"]
     got = torch.tensor([entry.logprob for entry in answer.prompt_logprobs])
     # bf16 has 8 bits: logits near 4 are 0.03 apart.
     assert (got - expected).abs().max().item() < 0.03
