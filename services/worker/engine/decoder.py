@@ -12,15 +12,17 @@ import torch
 
 from .kv_cache import KVPool
 from .packing import PackedTokens
-from .spec import DecoderSpec
+from .spec import ModelSpec
 
 
 class Decoder(Protocol):
-    spec: DecoderSpec
     weight_bytes: int
 
+    @property
+    def spec(self) -> ModelSpec: ...
+
     def forward(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
-        """Writes the rows' keys and values into `pool`; returns (rows, hidden_size), before the final norm."""
+        """Writes the rows' keys and values into `pool`; returns a row for each token, for the methods below to read."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,10 @@ class KVPool:
         self._by_token[layer, 0].index_copy_(0, places, keys.reshape(-1, self.head_dim))
         self._by_token[layer, 1].index_copy_(0, places, values.reshape(-1, self.head_dim))
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's keys and values, (blocks, kv_heads, block_tokens, head_dim) each: the memory itself."""
+        return self._pool[layer, 0], self._pool[layer, 1]
+
     def gather(self, layer: int, head_blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """head_blocks: (sequences, kv_heads, blocks). Returns keys and values (sequences, kv_heads, tokens, head_dim)."""
         sequences, heads, _ = head_blocks.shape

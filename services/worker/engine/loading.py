@@ -14,14 +14,15 @@ from .decoder import Decoder
 from .decoder_choice import make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
-from .spec import DecoderSpec, read_spec
+from .module_loading import load_module
+from .spec import ModelSpec, NotDescribed, read_configs, spec_from_config
 from .weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     info: ModelInfo
-    spec: DecoderSpec
+    spec: ModelSpec
     decoder: Decoder
     byte_table: ByteTable
 
@@ -35,11 +36,8 @@ class ModelLoader:
 
     def load(self, handle: str, folder: Path) -> LoadedModel:
         """Raises ModelRefusal."""
-        spec = read_spec(folder)
-        with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            weights = FamilyWeights(spec, checkpoint)
-            decoder = make_decoder(spec, weights, self._config, self._device)
-            weights.check_nothing_is_left()
+        decoder = self._load_decoder(folder)
+        spec = decoder.spec
         info = ModelInfo(
             handle=handle,
             weight_bytes=decoder.weight_bytes,
@@ -48,6 +46,21 @@ class ModelLoader:
             eos_token_ids=spec.eos_token_ids,
         )
         return LoadedModel(info, spec, decoder, self._byte_table(folder))
+
+    def _load_decoder(self, folder: Path) -> Decoder:
+        config, generation = read_configs(folder)
+        precision, device = self._config.precision, self._device
+        with Checkpoint(folder) as checkpoint:
+            try:
+                spec = spec_from_config(config, generation)
+            except NotDescribed:
+                # The open checkpoint has shown that its files are sound and of this folder.
+                return load_module(folder, config, generation, precision, device)
+            with torch.inference_mode():
+                weights = FamilyWeights(spec, checkpoint)
+                decoder = make_decoder(spec, weights, self._config, device)
+                weights.check_nothing_is_left()
+                return decoder
 
     def _byte_table(self, folder: Path) -> ByteTable:
         content = read_tokenizer_file(folder)

@@ -8,10 +8,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from .api import ModelRefusal
 from .config_file import Config, flag, named, number, positive, read_json, token_ids
 from .families import FAMILIES, Family
+
+
+class ModelSpec(Protocol):
+    """What the engine asks of any model, however it is computed."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def kv_shape(self) -> tuple[int, int, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +112,8 @@ _ACTIVATIONS = {
 _ROPE_KINDS = ("default", "linear", "llama3")
 
 
-def read_spec(folder: Path) -> DecoderSpec:
-    """Reads config.json and, where there is one, generation_config.json. Raises ModelRefusal, NotDescribed."""
-    return spec_from_config(*read_configs(folder))
-
-
 def read_configs(folder: Path) -> tuple[Config, Config]:
+    """config.json and, where there is one, generation_config.json. Raises ModelRefusal."""
     generation_path = folder / "generation_config.json"
     return read_json(folder / "config.json"), read_json(generation_path) if generation_path.exists() else {}
 

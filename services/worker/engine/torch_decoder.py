@@ -17,7 +17,7 @@ from .decoder import activation_dtype
 from .decoder_weights import DecoderWeights, LayerWeights, LinearWeights, NormWeights
 from .kv_cache import KVPool
 from .linear import Int8Scratch, Linear, make_linear
-from .packing import PackedTokens
+from .packing import PackedTokens, token_tensor
 from .spec import DecoderSpec, RopeSpec, alibi_slopes, rotary_frequencies
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -93,7 +93,7 @@ class TorchDecoder:
         return self._norm(hidden, self._final_norm).float()
 
     def _embed(self, batch: PackedTokens, plan: AttentionPlan) -> torch.Tensor:
-        tokens = torch.tensor(batch.tokens, device=self._device)
+        tokens = token_tensor(batch, self._device)
         hidden = functional.embedding(tokens, self._embedding).to(self._dtype)
         if self._position_table is not None:
             hidden = hidden + self._position_table[plan.positions]
