@@ -1,6 +1,6 @@
 # Every target prepares what it needs and is safe to repeat. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs clean test test-unit lint format bench-engine
+.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -61,3 +61,6 @@ bench-engine: setup ## the engine against transformers and llama.cpp, on a quiet
 			--target $(BENCH_PACKAGES) --requirement $(BENCH_REQUIREMENTS) && \
 		cp $(BENCH_REQUIREMENTS) $(BENCH_PACKAGES)/installed.txt; }
 	@$(PYTHON) -m loadtest.engine $(ARGS)
+
+soak: setup ## 10,000 requests through the engine: does its memory stay flat? ARGS="--model smollm2 --requests 500"
+	@$(PYTHON) -m loadtest.soak $(ARGS)

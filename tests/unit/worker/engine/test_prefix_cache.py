@@ -10,6 +10,7 @@ import torch
 
 from services.worker.engine import Engine, Sampling, SequenceRequest, StepReport
 from services.worker.engine.kv_cache import PADDING_BLOCK
+from services.worker.engine.native.build import load_library
 from services.worker.engine.packing import PackedTokens
 from services.worker.engine.prefix_cache import BlockAllocator, PrefixNames, prefix_seed
 from tests.unit.worker.engine.builders import make_engine, make_request, run_all
@@ -207,6 +208,24 @@ def test_prompt_scores_are_the_same_when_the_prompt_is_known_already(tiny: TinyM
     run_all(engine, [make_request("a", PROMPT, 3)])
     scored = make_request("b", PROMPT, 3, echo_logprobs=True, sampling=Sampling(temperature=0.0, logprobs=2))
     assert run_all(engine, [scored])["b"] == run_all(make_engine(tiny.folder), [scored])["b"]
+
+
+@pytest.mark.skipif(load_library().library is None, reason="plain torch promises no equal bits")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_what_is_found_changes_no_bit(tiny: TinyModel, precision: str) -> None:
+    """A prompt computed in one piece, against a beginning that was computed as prompt and answer of others."""
+    sampling = Sampling(temperature=0.9, seed=2, logprobs=2, ignore_eos=True)
+    answer = run_all(
+        make_engine(tiny.folder, precision=precision), [make_request("a", PROMPT[:37], 50, sampling=FREE)]
+    )
+    second = make_request("b", PROMPT[:37] + answer["a"].tokens + [9, 8, 7], 30, sampling=sampling)
+    alone = run_all(make_engine(tiny.folder, precision=precision, prefill_chunk_tokens=256), [second])["b"]
+    engine = make_engine(tiny.folder, precision=precision, prefill_chunk_tokens=24)
+    run_all(
+        engine, [make_request("short", PROMPT[:20], 2), make_request("a", PROMPT[:37], 50, sampling=FREE)]
+    )
+    assert cached_tokens(engine, second) == 80
+    assert run_all(engine, [second])["b"] == alone
 
 
 def test_running_sequences_share_blocks(tiny: TinyModel) -> None:
