@@ -12,6 +12,8 @@ import openai
 import pytest
 
 from infra.local.management_api import ManagementApi
+from loadtest.audit import settled_audit
+from loadtest.audit_snapshot import ClientRecord
 from tests.e2e.conftest import SeenSpan, System
 
 pytestmark = pytest.mark.timeout(300)
@@ -106,6 +108,39 @@ def test_a_request_on_shared_gpus_is_charged_once_and_traced_from_door_to_ledger
     # One tree: every span but the first has its parent among the others.
     ids = {span.span_id for span in spans}
     assert [span.name for span in spans if span.parent_id not in ids] == ["POST /v1/completions"]
+
+
+def test_embeddings_are_charged_for_their_prompts_alone(system: System, pool_team: ManagementApi) -> None:
+    client = openai.OpenAI(base_url=f"{system.url}/v1", api_key=pool_team.key, max_retries=0)
+    answer = client.embeddings.with_raw_response.create(
+        model="platform/smollm2-135m-instruct", input=[f"{CANARY} one", f"{CANARY} two", "three"]
+    )
+    request_id, tokens = answer.headers["x-request-id"], answer.parse().usage.prompt_tokens
+    assert tokens > 10
+
+    def found() -> dict[str, Any] | None:
+        return next((r for r in pool_team.list("/api/requests") if r["request_id"] == request_id), None)
+
+    record = wait_for("the request record", found)
+    assert (record["operation"], record["outcome"]) == ("embeddings", "succeeded")
+    assert (record["prompt_tokens"], record["completion_tokens"]) == (tokens, 0)
+    assert record["charged_nanousd"] == tokens * 20
+    rows = ledger(system, record["job_id"])
+    assert sorted(row["amount_nanousd"] for row in rows) == [-tokens * 20, tokens * 20]
+    seen = ClientRecord(
+        request_id=request_id,
+        team="payers",
+        model="platform/smollm2-135m-instruct",
+        stream=False,
+        started_unix_ms=0,
+        ended_unix_ms=1,
+        status=200,
+        outcome="answered",
+        prompt_tokens=tokens,
+        completion_tokens=0,
+    )
+    _, results = asyncio.run(settled_audit(system.database_url, [seen], 40.0))
+    assert [(result.name, result.findings) for result in results if result.findings] == []
 
 
 def test_a_cancelled_stream_pays_for_the_prompt_and_what_it_was_sent(

@@ -112,17 +112,20 @@ def build_embed_jobs(
     ]
 
 
-def embedding_body(
+def embedding_parts(
     head: Head, vectors: Sequence[bytes], encoding: Literal["float", "base64"], usage: Mapping[str, Any]
-) -> bytes:
-    """vectors: little-endian fp32, which is what base64 gives out as it is. usage: of a generation without an answer."""
-    usage = {name: count for name, count in usage.items() if name != "completion_tokens"}
+) -> Iterator[bytes]:
+    """The answer in pieces, at most one vector in each: a whole one may hold a million numbers.
+
+    vectors: little-endian fp32, which is what base64 gives out as it is. usage: of a generation without an answer.
+    """
     shown = _numbers if encoding == "float" else _base64
-    data = [
-        {"object": "embedding", "index": index, "embedding": shown(vector)}
-        for index, vector in enumerate(vectors)
-    ]
-    return encode({"object": "list", "data": data, "model": head.model, "usage": usage})
+    yield b'{"object":"list","data":['
+    for index, vector in enumerate(vectors):
+        entry = encode({"object": "embedding", "index": index, "embedding": shown(vector)})
+        yield b"," + entry if index else entry
+    counts = {name: count for name, count in usage.items() if name != "completion_tokens"}
+    yield b'],"model":' + encode(head.model) + b',"usage":' + encode(counts) + b"}"
 
 
 def _base64(vector: bytes) -> str:

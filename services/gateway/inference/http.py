@@ -29,7 +29,7 @@ from services.gateway.inference.checks import (
 from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
 from services.gateway.inference.embeddings import (
     build_embed_jobs,
-    embedding_body,
+    embedding_parts,
     embedding_schema,
     parse_embedding,
 )
@@ -178,8 +178,11 @@ class _Handlers:
             measure.planned(None, sum(map(len, inputs)), [job.job_id for job in jobs])
             async with self._generation(jobs, context) as generation:
                 vectors = await _collect_vectors(generation, len(inputs))
-                body = embedding_body(begun.head, vectors, wanted.encoding, generation.usage())
-                return self._complete(generation, body, measure, [])
+                parts = []
+                for part in embedding_parts(begun.head, vectors, wanted.encoding, generation.usage()):
+                    parts.append(part)
+                    await asyncio.sleep(0)  # others' streams go on between two vectors
+                return self._complete(generation, b"".join(parts), measure, [])
 
     async def _generate(
         self, request: web.Request, wanted: GenerationRequest, door: Door

@@ -13,6 +13,7 @@ from services.worker.engine import Delta, Engine, EngineRefusal, Pooling, Sampli
 from services.worker.engine.pooling import Pooled, rows_to_pool
 from tests.unit.worker.engine.builders import VOCAB_SIZE, make_engine, make_request, save_model, tiny_config
 from tests.unit.worker.engine.conftest import TinyModel
+from tests.unit.worker.engine.family_configs import VARIANTS
 
 POOLINGS: tuple[Pooling, ...] = ("mean", "last")
 LENGTHS = (1, 2, 15, 16, 17, 33, 64, 65, 120, 150)
@@ -111,6 +112,18 @@ def test_a_prompt_that_is_computed_again_is_pooled_once(tiny: TinyModel, pooling
             vector = torch.tensor(delta.embedding) if delta.sequence_id == "a" else vector
     assert prefilled > len(prompt) + 2 * len(beginning), "nothing was computed again"
     torch.testing.assert_close(vector, expected(tiny, prompt, pooling), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vectors_of_every_model_type_equal_transformers(tmp_path: Path, name: str) -> None:
+    oracle = save_model(tmp_path, VARIANTS[name], seed=2)
+    engine = make_engine(tmp_path, prefill_chunk_tokens=32)
+    prompt = prompts()[7]
+    with torch.inference_mode():
+        states = oracle.base_model(torch.tensor([prompt])).last_hidden_state[0]
+    vectors = embed_all(engine, [embed_request(pooling, prompt, pooling) for pooling in POOLINGS])
+    torch.testing.assert_close(vectors["mean"], states.mean(dim=0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vectors["last"], states[-1], atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
