@@ -55,8 +55,8 @@ def embed_all(engine: Engine, requests: list[SequenceRequest]) -> dict[str, torc
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_each_alone_equals_transformers(tiny: TinyModel, pooling: Pooling) -> None:
-    engine = make_engine(tiny.folder)
+def test_each_alone_equals_transformers(tiny: TinyModel, pooling: Pooling, kernels: str) -> None:
+    engine = make_engine(tiny.folder, kernels=kernels)
     for prompt in prompts():
         vector = embed_all(engine, [embed_request("a", prompt, pooling)])["a"]
         torch.testing.assert_close(vector, expected(tiny, prompt, pooling), atol=1e-4, rtol=0)
@@ -65,9 +65,9 @@ def test_each_alone_equals_transformers(tiny: TinyModel, pooling: Pooling) -> No
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("chunk_tokens", [16, 24, 64, 256])
 def test_a_batch_in_chunks_beside_answers_equals_transformers(
-    tiny: TinyModel, pooling: Pooling, chunk_tokens: int
+    tiny: TinyModel, pooling: Pooling, chunk_tokens: int, kernels: str
 ) -> None:
-    engine = make_engine(tiny.folder, prefill_chunk_tokens=chunk_tokens)
+    engine = make_engine(tiny.folder, prefill_chunk_tokens=chunk_tokens, kernels=kernels)
     requests = [embed_request(f"e{n}", prompt, pooling) for n, prompt in enumerate(prompts())]
     requests += [make_request(f"g{n}", prompt, 20) for n, prompt in enumerate(prompts()[:4])]
     random.Random(chunk_tokens).shuffle(requests)
@@ -77,9 +77,10 @@ def test_a_batch_in_chunks_beside_answers_equals_transformers(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_neighbours_change_no_bit(tiny: TinyModel, pooling: Pooling) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_neighbours_change_no_bit(tiny: TinyModel, pooling: Pooling, precision: str, kernels: str) -> None:
     prompt = prompts()[8]
-    engine = make_engine(tiny.folder, prefill_chunk_tokens=32)
+    engine = make_engine(tiny.folder, prefill_chunk_tokens=32, precision=precision, kernels=kernels)
     alone = embed_all(engine, [embed_request("a", prompt, pooling)])["a"]
     others = [make_request(f"g{n}", other, 20) for n, other in enumerate(prompts()[:5])]
     beside = embed_all(engine, [*others, embed_request("a", prompt, pooling)])["a"]
@@ -126,12 +127,13 @@ def test_vectors_of_every_model_type_equal_transformers(tmp_path: Path, name: st
     torch.testing.assert_close(vectors["last"], states[-1], atol=1e-4, rtol=1e-4)
 
 
-def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_lower_precision_is_close_to_fp32(tmp_path: Path, precision: str, kernels: str) -> None:
     save_model(tmp_path, tiny_config(), scale=2.0)
-    prompt = prompts()[8]
+    request = embed_request("a", prompts()[8], "mean")
     vectors = [
-        embed_all(make_engine(tmp_path, precision=precision), [embed_request("a", prompt, "mean")])["a"]
-        for precision in ("fp32", "bf16")
+        embed_all(make_engine(tmp_path, precision=each, kernels=kernels), [request])["a"]
+        for each in ("fp32", precision)
     ]
     assert torch.cosine_similarity(vectors[0], vectors[1], dim=0).item() > 0.999
 
