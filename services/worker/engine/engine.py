@@ -101,7 +101,7 @@ class Engine:
         if self._find(request.sequence_id) is not None:
             raise EngineRefusal("duplicate_sequence", f"sequence {request.sequence_id} is here already")
         check_request(request, model.info, self._blocks.count * self.config.block_tokens)
-        sequence = make_sequence(request, model, self._arrivals, self.config.block_tokens, self._device)
+        sequence = make_sequence(request, model, self._arrivals, self.config.block_tokens)
         self._arrivals += 1
         is_done = sequence.finish_reason is not None and not sequence.needs_prompt
         if is_done:
@@ -144,7 +144,8 @@ class Engine:
         works = [Work(sequence, sequence.view.computed_tokens, 1) for sequence in decoding]
         works += [Work(running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
         assert self._pool is not None  # made with the first model
-        return run_pass_isolated(self._models[batch.model].decoder, works, self._pool, self._device)
+        model = self._models[batch.model]
+        return run_pass_isolated(model.decoder, model.sampler, works, self._pool, self._device)
 
     def _settle(self, outcome: Outcome, prefilled: list[str]) -> list[Delta]:
         """Books what the pass did for one sequence; the delta to report, if there is one."""

@@ -15,6 +15,7 @@ from .decoder_choice import make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
 from .module_loading import load_module
+from .sampling import Sampler
 from .spec import ModelSpec, NotDescribed, read_configs, spec_from_config
 from .weights import Checkpoint
 
@@ -25,6 +26,7 @@ class LoadedModel:
     spec: ModelSpec
     decoder: Decoder
     byte_table: ByteTable
+    sampler: Sampler
 
 
 class ModelLoader:
@@ -45,7 +47,9 @@ class ModelLoader:
             context_tokens=min(self._config.max_context_tokens, spec.max_positions),
             eos_token_ids=spec.eos_token_ids,
         )
-        return LoadedModel(info, spec, decoder, self._byte_table(folder))
+        return LoadedModel(
+            info, spec, decoder, self._byte_table(folder), Sampler(spec.vocab_size, self._device)
+        )
 
     def _load_decoder(self, folder: Path) -> Decoder:
         config, generation = read_configs(folder)

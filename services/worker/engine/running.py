@@ -13,7 +13,8 @@ from .decoder import Decoder
 from .kv_cache import KVPool
 from .packing import PackedTokens, Span
 from .pooling import Pooled, add_rows, rows_to_pool
-from .sampling import SampledToken, sample, score_token
+from .sampling import SampledToken, Sampler
+from .scoring import score_tokens
 from .sequence import LiveSequence
 
 # Prompt positions scored at once: their logits take 4 bytes x vocabulary each.
@@ -45,7 +46,7 @@ class Outcome:
 
 
 def run_pass_isolated(
-    decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device
+    decoder: Decoder, sampler: Sampler, works: Sequence[Work], pool: KVPool, device: torch.device
 ) -> list[Outcome]:
     """`run_pass`; when it breaks (out of memory, say), its halves run again, and theirs: only those that break alone fail.
 
@@ -53,7 +54,7 @@ def run_pass_isolated(
     A GPU that broke gives no answers any more, to nobody: that one is raised.
     """
     try:
-        return run_pass(decoder, works, pool, device)
+        return run_pass(decoder, sampler, works, pool, device)
     except torch.AcceleratorError:
         raise
     except Exception as problem:  # noqa: BLE001 - it becomes the outcome of the one sequence that it belongs to
@@ -61,10 +62,12 @@ def run_pass_isolated(
             return [Outcome(works[0], error=f"{type(problem).__name__}: {problem}")]
     middle = len(works) // 2
     halves = (works[:middle], works[middle:])
-    return [outcome for half in halves for outcome in run_pass_isolated(decoder, half, pool, device)]
+    return [outcome for half in halves for outcome in run_pass_isolated(decoder, sampler, half, pool, device)]
 
 
-def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torch.device) -> list[Outcome]:
+def run_pass(
+    decoder: Decoder, sampler: Sampler, works: Sequence[Work], pool: KVPool, device: torch.device
+) -> list[Outcome]:
     spans = [span for work in works for span in _spans(work)]
     tokens = [token for work in works for token in work.sequence.known[work.start : work.start + work.count]]
     hidden = decoder.forward(PackedTokens(tokens, spans), pool)
@@ -81,7 +84,7 @@ def run_pass(decoder: Decoder, works: Sequence[Work], pool: KVPool, device: torc
     outcomes = [Outcome(work) for work in works]
     if drawing:
         logits = decoder.logits(hidden[torch.tensor([ends[index] - 1 for index in drawing], device=device)])
-        sampled = sample(logits, [works[index].sequence.sampling for index in drawing])
+        sampled = sampler.sample(logits, [works[index].sequence.sampling for index in drawing])
         for index, token in zip(drawing, sampled, strict=True):
             outcomes[index] = Outcome(works[index], token, NOT_FINITE if token is None else None)
     for index, (work, scores, pool_now) in enumerate(zip(works, prompt_scores, pooled, strict=True)):
@@ -125,8 +128,5 @@ def _score_prompt(decoder: Decoder, work: Work, hidden: torch.Tensor) -> list[To
     for begin in range(first, last, _SCORED_AT_ONCE):
         end = min(begin + _SCORED_AT_ONCE, last)
         logprobs = torch.log_softmax(decoder.logits(hidden[begin - work.start : end - work.start]), dim=-1)
-        scores += [
-            score_token(row, prompt[position + 1], sequence.request.sampling.logprobs)
-            for position, row in zip(range(begin, end), logprobs, strict=True)
-        ]
+        scores += score_tokens(logprobs, prompt[begin + 1 : end + 1], sequence.request.sampling.logprobs)
     return scores

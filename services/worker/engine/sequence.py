@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from .api import SequenceRequest, TokenLogprob
 from .batching import SequenceView
 from .detokenize import TextStream
@@ -129,7 +127,7 @@ def ending_tokens(request: SequenceRequest, model: LoadedModel) -> tuple[int, ..
 
 
 def make_sequence(
-    request: SequenceRequest, model: LoadedModel, arrival: int, block_tokens: int, device: torch.device
+    request: SequenceRequest, model: LoadedModel, arrival: int, block_tokens: int
 ) -> LiveSequence:
     """A sequence with its prior tokens replayed: finished already if these say so."""
     prompt: Sequence[int] = list(request.prompt_tokens)
@@ -138,7 +136,7 @@ def make_sequence(
         request=request,
         model=model,
         text=TextStream(model.byte_table, request.stop, request.sampling.min_tokens),
-        sampling=make_state(request.sampling, prompt, endings, model.info.vocab_size, device),
+        sampling=make_state(request.sampling, prompt, endings),
         known=list(prompt),
         ending_tokens=frozenset(endings),
         view=SequenceView(
