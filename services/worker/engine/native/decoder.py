@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..decoder_weights import DecoderWeights, LayerWeights, NormWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
-from ..packing import PackedTokens
+from ..packing import PackedTokens, token_tensor
 from ..spec import DecoderSpec, alibi_slopes, rotary_frequencies
 from . import bindings
 from .bindings import Kind, address
@@ -70,7 +70,7 @@ class NativeDecoder:
 
     def forward(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
         """See `decoder.Decoder`."""
-        tokens = torch.tensor(batch.tokens)
+        tokens = token_tensor(batch, torch.device("cpu"))
         scratch = self._scratch
         scratch.ensure(len(batch.tokens), max(span.start + span.count for span in batch.spans))
         positions, starts, tables = _addressing(batch)
