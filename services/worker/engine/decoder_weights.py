@@ -46,7 +46,9 @@ class LayerWeights:
 
 
 class DecoderWeights(Protocol):
-    """embedding: (vocab_size, hidden_size); position_table: (max_positions, hidden_size) for position "learned".
+    """embedding: (vocab_size, hidden_size). head: its weight is the same tensor where the two are tied.
+
+    position_table: (max_positions, hidden_size) for position "learned".
 
     Layers are read one at a time, so that packing a model never holds two copies of it.
     """

@@ -122,6 +122,7 @@ _LLAMA_NAMES = TensorNames(
     mlp_in=("mlp.gate_proj", "mlp.up_proj"),
     mlp_out="mlp.down_proj",
     ignored=("self_attn.rotary_emb.inv_freq",),
+    ignored_outside=("rotary_emb.inv_freq",),
 )
 
 

@@ -71,15 +71,12 @@ class FamilyWeights:
         spec, shape = self._spec, tuple(self.embedding.shape)
         heads = self._names.heads
         head = next((name for name in heads if f"{name}.weight" in self._checkpoint), heads[0])
-        if spec.tied_embeddings and f"{head}.weight" not in self._checkpoint:
-            weight = self.embedding
-        else:
+        weight = self.embedding
+        if not spec.tied_embeddings or f"{head}.weight" in self._checkpoint:
             weight = self._checkpoint.take(f"{head}.weight", shape)
-        # Some writers save the tied head as well. Where it differs, transformers would not tie it.
-        if spec.tied_embeddings and weight is not self.embedding and not torch.equal(weight, self.embedding):
-            raise ModelRefusal(
-                f"safetensors: config.json ties the head to the embedding, but {head}.weight differs"
-            )
+            # Some writers save the tied head as well. Where it differs, it is not tied, for transformers neither.
+            if spec.tied_embeddings and torch.equal(weight, self.embedding):
+                weight = self.embedding
         bias = self._checkpoint.take(f"{head}.bias", (spec.vocab_size,)) if spec.head_bias else None
         return LinearWeights(weight, bias)
 

@@ -128,9 +128,9 @@ class ModuleRunner:
         return DynamicCache()
 
     def run(self, tokens: torch.Tensor, start: int, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens: (count,). cache: holds the `start` tokens before, and the new ones afterwards. Returns the head's input and the logits.
+        """The head's input and the logits, a row for each token.
 
-        Raises RuntimeError, whatever the module raised: strange code on a strange model, and its neighbours must go on.
+        tokens: (count,). cache: holds the `start` tokens before, and the new ones afterwards. Raises RuntimeError, whatever the module raised: strange code on a strange model, and its neighbours must go on.
         """
         try:
             output = self._module(

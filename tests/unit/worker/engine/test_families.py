@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from services.worker.engine import Sampling
 from tests.unit.worker.engine.builders import (
@@ -16,9 +17,10 @@ from tests.unit.worker.engine.builders import (
     make_engine,
     make_request,
     run_all,
+    save_model,
     save_varied_model,
 )
-from tests.unit.worker.engine.family_configs import VARIANTS
+from tests.unit.worker.engine.family_configs import TYPES, VARIANTS
 
 # Around a block of 16 tokens, and beyond the smallest attention group of 128.
 PROMPT_LENGTHS = (1, 15, 17, 40, 126, 140)
@@ -86,3 +88,44 @@ def test_logprobs_equal_transformers(case: Case, kernels: str) -> None:
         assert entry.logprob == pytest.approx(expected[position, entry.token].item(), abs=1e-4)
         values = expected[position].topk(3).values
         assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def usual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the type with weights of about their usual size: wide ones amplify rounding."""
+    folder = tmp_path_factory.mktemp("usual")
+    save_model(folder, VARIANTS[request.param], seed=5, scale=3.0)
+    return folder
+
+
+def scored_prompt(folder: Path, precision: str, kernels: str) -> torch.Tensor:
+    request = make_request("a", random_prompts()[5], 1, sampling=SCORED, echo_logprobs=True)
+    answer = run_all(make_engine(folder, precision=precision, kernels=kernels), [request])["a"]
+    assert answer.error is None
+    return torch.tensor([entry.logprob for entry in answer.prompt_logprobs])
+
+
+def test_bf16_is_as_close_to_fp32_as_transformers_bf16_is(usual: Path, kernels: str) -> None:
+    """Mean absolute errors of prompt logprobs against fp32; and neither is far from the other anywhere."""
+    prompt = random_prompts()[5]
+    module = AutoModelForCausalLM.from_pretrained(usual, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(module(torch.tensor([prompt])).logits[0].float(), dim=-1)
+    theirs = logprobs[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    ours, exact = scored_prompt(usual, "bf16", kernels), scored_prompt(usual, "fp32", kernels)
+    assert 0 < (ours - exact).abs().mean() < 1.25 * (theirs - exact).abs().mean()
+    # bf16 has 8 bits: logits near 4 are 0.03 apart.
+    assert (ours - theirs).abs().max().item() < 0.06
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels", "tolerance"),
+    [("fp16", "auto", 0.002), ("int8", "torch", 0.03), ("int8", "auto", 0.03)],
+)
+def test_lower_precision_stays_close_to_fp32(
+    usual: Path, precision: str, kernels: str, tolerance: float
+) -> None:
+    """Mean absolute error of prompt logprobs over their spread."""
+    exact = scored_prompt(usual, "fp32", "torch")
+    error = (scored_prompt(usual, precision, kernels) - exact).abs().mean() / exact.std()
+    assert 0 < error.item() < tolerance
