@@ -201,14 +201,17 @@ def _is_of_engine(value: object) -> bool:
     return isinstance(module, str) and module.startswith("services.worker.engine")
 
 
-def soak(engine: Engine, load: Load, requests: int) -> tuple[list[Sample], Totals]:
-    """requests: a multiple of SAMPLES is used up to."""
+def soak(
+    engine: Engine, load: Load, requests: int, show: Callable[[Sample], None] = lambda sample: None
+) -> tuple[list[Sample], Totals]:
+    """show: called with each sample as it is taken."""
     driver, started_s = Soak(engine, load), time.monotonic()
     samples: list[Sample] = []
     for number in range(1, SAMPLES + 1):
         count = requests * number // SAMPLES
         driver.run_until(count)
         samples.append(take_sample(engine, count, started_s))
+        show(samples[-1])
     return samples, driver.totals
 
 
@@ -266,13 +269,12 @@ def make_engine(
     return engine
 
 
-def print_samples(samples: Sequence[Sample]) -> None:
-    print("requests  seconds  resident MiB  Python blocks  engine objects  free KV tokens")
-    for each in samples:
-        print(
-            f"{each.requests:8}{each.seconds:9.1f}{each.resident_mib:14.1f}{each.heap_blocks:15}"
-            f"{each.engine_objects:16}{each.free_kv_tokens:16}"
-        )
+def print_sample(each: Sample) -> None:
+    print(
+        f"{each.requests:8}{each.seconds:9.1f}{each.resident_mib:14.1f}{each.heap_blocks:15}"
+        f"{each.engine_objects:16}{each.free_kv_tokens:16}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -292,8 +294,8 @@ def main() -> int:
         print(f"loadtest.soak: {problem}", file=sys.stderr)
         return 2
     engine = make_engine(model.folder, options.precision, options.threads, options.kernels)
-    samples, totals = soak(engine, Load(1, model.vocab_size), options.requests)
-    print_samples(samples)
+    print("requests  seconds  resident MiB  Python blocks  engine objects  free KV tokens", flush=True)
+    samples, totals = soak(engine, Load(1, model.vocab_size), options.requests, print_sample)
     rows = judge(samples, engine.config.kv_tokens)
     found_share = totals.cached_tokens / (totals.cached_tokens + totals.prefill_tokens)
     rows += [
