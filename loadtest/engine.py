@@ -7,9 +7,7 @@ first, each in a process of its own while all others are stopped. A ratio is the
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,7 @@ from loadtest.engine_comparisons import (
     rates_of,
     withhold_ratio,
 )
+from loadtest.engine_machine import OthersShare, describe_machine
 from loadtest.engine_models import (
     LLAMACPP_PACKAGES,
     BenchModel,
@@ -79,20 +78,21 @@ class Measurement:
         return rows
 
     def _rank(self, comparison: Comparison) -> list[tuple[Opponent, Plan]]:
-        """Each opponent with its best plan, the fastest first, by one run each."""
+        """Each opponent with its best plan, the fastest first, by one run each; after it, all are warm."""
         if comparison.opponents not in self.chosen:
-            best: list[tuple[float, Opponent, Plan]] = []
             for opponent in comparison.opponents:
                 self._run(comparison, opponent.spec, opponent.plans[0], most_groups=2)  # warm-up
-                rates = []
-                for plan in opponent.plans:
-                    rate = self._run(comparison, opponent.spec, plan).end_to_end
-                    self.say(f"calibration: {opponent.label}, {plan}: {rate:.1f} tokens/s")
-                    rates.append((rate, plan))
-                rate, plan = max(rates, key=lambda each: each[0])
-                best.append((rate, opponent, plan))
-            best.sort(key=lambda each: -each[0])
-            self.chosen[comparison.opponents] = [(opponent, plan) for _, opponent, plan in best]
+            candidates = [(opponent, plan) for opponent in comparison.opponents for plan in opponent.plans]
+            rates = {candidate: 0.0 for candidate in candidates}
+            if len(candidates) > 1:
+                for opponent, plan in candidates:
+                    rates[opponent, plan] = self._run(comparison, opponent.spec, plan).end_to_end
+                    self.say(f"calibration: {opponent.label}, {plan}: {rates[opponent, plan]:.1f} tokens/s")
+            candidates.sort(key=lambda candidate: -rates[candidate])
+            best = {opponent: plan for opponent, plan in reversed(candidates)}
+            self.chosen[comparison.opponents] = [
+                (opponent, plan) for opponent, plan in candidates if best[opponent] == plan
+            ]
         return self.chosen[comparison.opponents]
 
     def _measure_pairs(
@@ -191,21 +191,6 @@ def measure(arguments: argparse.Namespace, sides: Sides, say: Say) -> list[Row]:
     return rows
 
 
-def describe_machine() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    versions += [
-        f"xllamacpp {found.version}"
-        for found in importlib.metadata.distributions(name="xllamacpp", path=[str(LLAMACPP_PACKAGES)])
-    ]
-    cpu = names[0] if names else "a CPU without a name"
-    return f"{os.cpu_count()} cores ({cpu}), python {sys.version.split()[0]}, {', '.join(versions)}"
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.engine", description=__doc__.splitlines()[0] if __doc__ else ""
@@ -226,12 +211,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     print(describe_machine(), flush=True)
+    others = OthersShare()
     try:
         with Sides(LLAMACPP_PACKAGES) as sides:
             rows = measure(parsed, sides, lambda line: print(line, file=sys.stderr, flush=True))
     except (MissingModel, SideError) as error:
         print(f"engine: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
+    rows.append(Row("other processes meanwhile", "% of the CPUs", others.percent()))
     print_table(rows)
     if parsed.json:
         write_json(rows, parsed.json)

@@ -11,6 +11,7 @@ from loadtest.engine_models import BenchModel
 from loadtest.engine_sides import Kind, SideSpec, Timing
 from loadtest.engine_workloads import (
     ALL_AT_ONCE,
+    FEW_STATIC_PLANS,
     GPTJ_ANSWER_TOKENS,
     GPTJ_PROMPT_TOKENS,
     ONE_BY_ONE,
@@ -127,12 +128,12 @@ class Field:
     def side(self, model: BenchModel, kind: Kind, precision: str) -> SideSpec:
         return SideSpec(kind, str(model.folder), precision, self.threads)
 
-    def static(self, model: BenchModel, precision: str) -> Opponent:
+    def static(self, model: BenchModel, precision: str, plans: tuple[Plan, ...] = STATIC_PLANS) -> Opponent:
         return Opponent(
             f"HF generate {precision}",
             ", best static batch",
             self.side(model, "huggingface", precision),
-            STATIC_PLANS,
+            plans,
         )
 
     def one_by_one(self, model: BenchModel, precision: str) -> Opponent:
@@ -194,6 +195,6 @@ def list_llamacpp_comparisons(field: Field, model: BenchModel, ggufs: Mapping[st
 def list_gptj_comparisons(field: Field, model: BenchModel) -> list[Comparison]:
     """Random weights have no quality to compare, so ours is bf16, which the checkpoint is."""
     ours = field.side(model, "ours", "bf16")
-    opponents = (field.static(model, "bf16"), field.static(model, "fp32"))
+    opponents = tuple(field.static(model, each, FEW_STATIC_PLANS) for each in ("bf16", "fp32"))
     name = "GPT-J 4 layers, 16 ragged, bf16 | HF generate, best precision and static batch"
     return [Comparison("gptj", name, model, field.shapes["gptj"], ours, opponents, 2, 4)]

@@ -11,8 +11,8 @@ Order = Literal["prompt", "answer"]
 
 RAGGED_REQUESTS = 16
 RAGGED_PROMPT_TOKENS, RAGGED_ANSWER_TOKENS = (16, 256), (16, 128)
-# Four layers of GPT-J's shape hold nine times as many weights as SmolLM2: half the lengths keep a run below a minute.
-GPTJ_PROMPT_TOKENS, GPTJ_ANSWER_TOKENS = (8, 128), (8, 64)
+# Four layers of GPT-J's shape hold nine times as many weights as SmolLM2: a quarter of the lengths keeps a run below a minute.
+GPTJ_PROMPT_TOKENS, GPTJ_ANSWER_TOKENS = (8, 64), (8, 32)
 STREAM_REQUESTS, STREAM_PROMPT_TOKENS, STREAM_ANSWER_TOKENS = 4, 64, 64
 LENGTHS_SEED = 16
 # Two random tokens before the text: no two prompts of a whole run share their beginning, so no cached prefix helps anyone.
@@ -64,6 +64,8 @@ STATIC_PLANS = (
     Plan(4, "answer"),
     Plan(4, "prompt"),
 )
+# Where a run takes most of a minute; smaller batches read the weights more often for each token.
+FEW_STATIC_PLANS = (Plan(16, "answer"), Plan(8, "answer"))
 
 
 def make_ragged_shape(prompt_tokens: tuple[int, int], answer_tokens: tuple[int, int], count: int) -> Shape:
