@@ -20,13 +20,15 @@ class SequenceView:
     """A sequence as the decisions see it. One object for its whole life, kept up to date by `LiveSequence`: to build
     256 of them anew for each step would cost as much as the decisions. Decisions only read it.
 
-    arrival: order of `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
+    model: as requests name it; base: whose pass computes it, another where `model` is an adapter. arrival: order of
+    `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
     computed_tokens: of these, how many have keys and values in the pool. held_tokens: how many its blocks have room for.
     most_tokens: prompt and longest possible answer.
     """
 
     sequence_id: str
     model: str
+    base: str
     arrival: int
     prompt_tokens: int
     most_tokens: int
@@ -52,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ModelBatch:
-    """One forward pass of one model: `decode` adds a token to each, `chunks` work off prompts."""
+    """One forward pass of one model and of adapters on it: `decode` adds a token to each, `chunks` work off prompts."""
 
     model: str
     decode: tuple[str, ...]
@@ -119,9 +121,9 @@ def plan_step(
     prompts: dict[str, list[SequenceView]] = {}
     for view in running:
         if view.is_decoding:
-            decode.setdefault(view.model, []).append(view.sequence_id)
+            decode.setdefault(view.base, []).append(view.sequence_id)
         else:
-            prompts.setdefault(view.model, []).append(view)
+            prompts.setdefault(view.base, []).append(view)
     models = sorted({*decode, *prompts})
     first = turn % len(models) if models else 0
     order = models[first:] + models[:first]

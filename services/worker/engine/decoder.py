@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from .kv_cache import KVPool
+from .lora import LoraAdapter, PreparedAdapter
 from .packing import PackedTokens
 from .spec import ModelSpec
 
@@ -27,6 +28,10 @@ class Decoder(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: rows as `forward` returns them. Returns (rows, vocab_size) fp32."""
+        ...
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> PreparedAdapter:
+        """For the spans of later passes; may run on another thread beside them. Raises ModelRefusal where it cannot."""
         ...
 
     def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:

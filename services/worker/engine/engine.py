@@ -1,13 +1,14 @@
 """The generation engine: continuous batching of many sequences over resident models, one `step` at a time.
 
-Synchronous; knows tokens, not messages. One thread calls everything but `load_model`, which may run on another beside
-it. What to compute is decided in `batching.py`; this file keeps the state and does as decided.
+Synchronous; knows tokens, not messages. One thread calls everything but `load_model` and `load_adapter`, which may run on
+others beside it. What to compute is decided in `batching.py`; this file keeps the state and does as decided.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,26 +69,42 @@ class Engine:
 
         Raises ModelRefusal when the folder cannot be served, ValueError when the handle is taken.
         """
-        with self._models_lock:
-            if handle in self._models or handle in self._loading:
-                raise ValueError(f"model {handle} is loaded already")
-            self._loading.add(handle)
-        try:
+        with self._reserved(handle):
             model = self._loader.load(handle, folder)
             with self._models_lock:
                 self._ensure_pool(model)
                 self._models[handle] = model
-        finally:
+        return model.info
+
+    def load_adapter(self, handle: str, base_handle: str, folder: Path) -> ModelInfo:
+        """A LoRA adapter in PEFT's format on a loaded base: a model of its own to requests, one pass with its base.
+
+        Threads, readiness and errors as with `load_model`; ValueError also when the base is not loaded, or leaves meanwhile.
+        weight_bytes is what the adapter adds.
+        """
+        with self._reserved(handle):
             with self._models_lock:
-                self._loading.discard(handle)
+                base = self._models.get(base_handle)
+            if base is None:
+                raise ValueError(f"model {base_handle} is not loaded")
+            model = self._loader.load_adapter(handle, base, folder)
+            with self._models_lock:
+                if self._models.get(base_handle) is not base:
+                    raise ValueError(f"model {base_handle} was unloaded meanwhile")
+                self._models[handle] = model
         return model.info
 
     def unload_model(self, handle: str) -> None:
-        """Raises ValueError while sequences of it live, and for an unknown handle."""
+        """Of a model or an adapter. Raises ValueError while sequences of it live, or adapters on it are loaded, and for an
+        unknown handle.
+        """
         live = [sequence for sequence in self._live() if sequence.model.info.handle == handle]
         if live:
             raise ValueError(f"model {handle} has {len(live)} sequences")
         with self._models_lock:
+            adapters = [name for name, model in self._models.items() if model.base == handle != name]
+            if adapters:
+                raise ValueError(f"model {handle} has adapters: {', '.join(sorted(adapters))}")
             if self._models.pop(handle, None) is None:
                 raise ValueError(f"model {handle} is not loaded")
         self._blocks.forget_model(handle)
@@ -181,6 +198,19 @@ class Engine:
                 cached_prompt_tokens=sequence.cached_prompt_tokens,
             )
         ]
+
+    @contextmanager
+    def _reserved(self, handle: str) -> Iterator[None]:
+        """While a model is loading, nobody else takes its handle. Raises ValueError when it is taken."""
+        with self._models_lock:
+            if handle in self._models or handle in self._loading:
+                raise ValueError(f"model {handle} is loaded already")
+            self._loading.add(handle)
+        try:
+            yield
+        finally:
+            with self._models_lock:
+                self._loading.discard(handle)
 
     def _ensure_pool(self, model: LoadedModel) -> None:
         """One pool for all models; a first model, or one alone after the others are gone, sets its shape."""

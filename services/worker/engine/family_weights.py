@@ -89,15 +89,9 @@ class FamilyWeights:
 
     def _in_row_order(self, qkv: LinearWeights) -> LinearWeights:
         """Rows of all query heads, then key heads, then value heads."""
-        spec, layout = self._spec, self._family.qkv_layout
-        if layout == "rows":
+        order = qkv_order(self._spec)
+        if order is None:
             return qkv
-        rows = torch.arange(3 * spec.heads * spec.head_dim)
-        if layout == "heads":
-            order = rows.view(spec.heads, 3, spec.head_dim).transpose(0, 1).reshape(-1)
-        else:
-            query, value, key = rows.view(self._family.qkv_groups, 3, -1).unbind(1)
-            order = torch.cat((query.reshape(-1), key.reshape(-1), value.reshape(-1)))
         return LinearWeights(qkv.weight[order], None if qkv.bias is None else qkv.bias[order])
 
     def _joined(
@@ -127,3 +121,15 @@ class FamilyWeights:
 
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._checkpoint.take(self._prefix + name, shape)
+
+
+def qkv_order(spec: DecoderSpec) -> torch.Tensor | None:
+    """Which row of a checkpoint's packed matrix comes when: all query heads, key heads, value heads. None: as they are."""
+    family = FAMILIES[spec.model_type]
+    if family.qkv_layout == "rows":
+        return None
+    rows = torch.arange(3 * spec.heads * spec.head_dim)
+    if family.qkv_layout == "heads":
+        return rows.view(spec.heads, 3, spec.head_dim).transpose(0, 1).reshape(-1)
+    query, value, key = rows.view(family.qkv_groups, 3, -1).unbind(1)
+    return torch.cat((query.reshape(-1), key.reshape(-1), value.reshape(-1)))

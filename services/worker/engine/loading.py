@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
 
-from .api import EngineConfig, ModelInfo
+from .api import EngineConfig, ModelInfo, ModelRefusal
 from .decoder import Decoder
 from .decoder_choice import make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
+from .lora import PreparedAdapter, read_adapter
 from .module_loading import load_module
 from .sampling import Sampler
-from .spec import ModelSpec, NotDescribed, read_configs, spec_from_config
+from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
 from .weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """base: the handle of the model whose decoder computes it: its own, but for an adapter."""
+
     info: ModelInfo
     spec: ModelSpec
     decoder: Decoder
     byte_table: ByteTable
     sampler: Sampler
+    base: str
+    adapter: PreparedAdapter | None = None
 
 
 class ModelLoader:
@@ -48,8 +53,19 @@ class ModelLoader:
             eos_token_ids=spec.eos_token_ids,
         )
         return LoadedModel(
-            info, spec, decoder, self._byte_table(folder), Sampler(spec.vocab_size, self._device)
+            info, spec, decoder, self._byte_table(folder), Sampler(spec.vocab_size, self._device), handle
         )
+
+    def load_adapter(self, handle: str, base: LoadedModel, folder: Path) -> LoadedModel:
+        """Raises ModelRefusal."""
+        if base.adapter is not None:
+            raise ModelRefusal(f"{base.info.handle} is an adapter itself; adapters stand on full models")
+        if not isinstance(base.spec, DecoderSpec):
+            raise ModelRefusal(f"{base.info.handle} is of a type that is not described: it takes no adapters")
+        with torch.inference_mode():
+            adapter = base.decoder.prepare_adapter(read_adapter(folder, handle, base.spec))
+        info = replace(base.info, handle=handle, weight_bytes=adapter.weight_bytes)
+        return replace(base, info=info, adapter=adapter)
 
     def _load_decoder(self, folder: Path) -> Decoder:
         config, generation = read_configs(folder)

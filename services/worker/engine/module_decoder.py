@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from .api import ModelRefusal
 from .kv_cache import KVPool, blocks_for
+from .lora import LoraAdapter, PreparedAdapter
 from .packing import PackedTokens, Span, token_tensor
 
 
@@ -67,6 +69,10 @@ class ModuleDecoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `decoder.Decoder`."""
         return hidden[:, self.spec.hidden_size :].float()
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> PreparedAdapter:
+        """See `decoder.Decoder`."""
+        raise ModelRefusal(f"model type {self.spec.model_type} takes no adapters")
 
     def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `decoder.Decoder`."""

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .lora import LoraAdapter
+    from .lora import PreparedAdapter
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """Rows of one sequence in the pass: its tokens [start, start + count); `blocks` covers [0, start + count).
 
-    adapter: None is the base model itself.
+    adapter: as the pass's decoder prepared it; None is the base model itself.
     """
 
     blocks: Sequence[int]
     start: int
     count: int
-    adapter: LoraAdapter | None = None
+    adapter: PreparedAdapter | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One forward pass for pieces of several sequences of one model, and what came of each."""
+"""One forward pass for pieces of several sequences of one model or adapters on it, and what came of each."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def run_pass(
 
 def _spans(work: Work) -> list[Span]:
     """A piece of the prompt attends as a whole; tokens of the answer one by one, as when they were generated."""
-    blocks = work.sequence.blocks
+    blocks, adapter = work.sequence.blocks, work.sequence.model.adapter
     if work.start < len(work.sequence.request.prompt_tokens):
-        return [Span(blocks, work.start, work.count)]
-    return [Span(blocks, position, 1) for position in range(work.start, work.start + work.count)]
+        return [Span(blocks, work.start, work.count, adapter)]
+    return [Span(blocks, position, 1, adapter) for position in range(work.start, work.start + work.count)]
 
 
 def _pool_prompt(decoder: Decoder, work: Work, hidden: torch.Tensor) -> Pooled:

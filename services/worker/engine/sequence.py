@@ -142,12 +142,13 @@ def make_sequence(
         view=SequenceView(
             sequence_id=request.sequence_id,
             model=model.info.handle,
+            base=model.base,
             arrival=arrival,
             prompt_tokens=len(prompt),
             most_tokens=len(prompt) + request.max_tokens,
             known_tokens=len(prompt),
         ),
-        names=PrefixNames(prefix_seed(request.isolation_key, model.info.handle, adapter=None), block_tokens),
+        names=PrefixNames(_prefix_seed(request.isolation_key, model), block_tokens),
     )
     for token in request.prior_tokens:
         if sequence.finish_reason is None:
@@ -155,3 +156,8 @@ def make_sequence(
     if request.max_tokens <= sequence.generated and sequence.finish_reason is None:
         sequence.finish_reason = "length"
     return sequence
+
+
+def _prefix_seed(isolation_key: str, model: LoadedModel) -> bytes:
+    handle = model.info.handle
+    return prefix_seed(isolation_key, model.base, adapter=None if handle == model.base else handle)

@@ -6,7 +6,7 @@ bf16 and fp16 keep norms' inner sums and softmax in fp32. With int8 weights acti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,10 @@ from .decoder import activation_dtype
 from .decoder_weights import DecoderWeights, LayerWeights, LinearWeights, NormWeights
 from .kv_cache import KVPool
 from .linear import Int8Scratch, Linear, make_linear
+from .lora import LoraAdapter, Product
 from .packing import PackedTokens, token_tensor
 from .spec import DecoderSpec, RopeSpec, alibi_slopes, rotary_frequencies
+from .torch_adapter import AdapterRows, TorchAdapter, adapter_rows
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -36,7 +38,7 @@ class _Layer:
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
     mlp_norm: NormWeights | None
-    products: dict[str, Linear]
+    products: dict[Product, Linear]
 
 
 class TorchDecoder:
@@ -73,16 +75,22 @@ class TorchDecoder:
         """See `decoder.Decoder`."""
         plan = plan_attention(batch.spans, pool, self._device, self._slopes)
         hidden = self._embed(batch, plan)
-        turns = self._turns(plan)
+        turns, adapters = self._turns(plan), adapter_rows(batch.spans, self._device)
         for index, layer in enumerate(self._layers):
             normed = self._norm(hidden, layer.attention_norm)
-            attended = self._attention(index, normed, turns, batch, plan, pool)
+            attended = self._attention(index, normed, turns, adapters, plan, pool)
             if self.spec.residual == "sequential":
                 hidden = hidden + attended
-                hidden = hidden + self._mlp(index, self._mlp_input(layer, hidden, normed), batch)
+                hidden = hidden + self._mlp(index, self._mlp_input(layer, hidden, normed), adapters)
             else:
-                hidden = hidden + (attended + self._mlp(index, self._mlp_input(layer, hidden, normed), batch))
+                hidden = hidden + (
+                    attended + self._mlp(index, self._mlp_input(layer, hidden, normed), adapters)
+                )
         return hidden
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> TorchAdapter:
+        """See `decoder.Decoder`."""
+        return TorchAdapter(adapter, self._precision, self._device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: (rows, hidden_size) as `forward` returns it. Returns (rows, vocab_size) fp32."""
@@ -104,13 +112,13 @@ class TorchDecoder:
         index: int,
         normed: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor] | None,
-        batch: PackedTokens,
+        adapters: Sequence[AdapterRows],
         plan: AttentionPlan,
         pool: KVPool,
     ) -> torch.Tensor:
         spec, layer = self.spec, self._layers[index]
         turning_heads = spec.heads + spec.kv_heads
-        mixed = self._project(index, "qkv", normed, batch)
+        mixed = self._project(index, "qkv", normed, adapters)
         heads = mixed.view(len(mixed), turning_heads + spec.kv_heads, spec.head_dim)
         turned = heads[:, :turning_heads]
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -121,23 +129,28 @@ class TorchDecoder:
         turned = turned.to(pool.dtype)
         pool.write(index, plan.places, turned[:, spec.heads :], heads[:, turning_heads:].to(pool.dtype))
         attended = attend(turned[:, : spec.heads], plan, pool, index).view(len(mixed), -1)
-        return self._project(index, "attention_output", attended.to(self._dtype), batch)
+        return self._project(index, "attention_output", attended.to(self._dtype), adapters)
 
-    def _mlp(self, index: int, normed: torch.Tensor, batch: PackedTokens) -> torch.Tensor:
-        inner = self._project(index, "mlp_in", normed, batch)
+    def _mlp(self, index: int, normed: torch.Tensor, adapters: Sequence[AdapterRows]) -> torch.Tensor:
+        inner = self._project(index, "mlp_in", normed, adapters)
         if self.spec.is_gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = self._activation(gate) * up
         else:
             inner = self._activation(inner)
-        return self._project(index, "mlp_out", inner, batch)
+        return self._project(index, "mlp_out", inner, adapters)
 
     def _mlp_input(self, layer: _Layer, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         return normed if layer.mlp_norm is None else self._norm(hidden, layer.mlp_norm)
 
-    def _project(self, index: int, name: str, x: torch.Tensor, batch: PackedTokens) -> torch.Tensor:
-        """Every product of a layer goes through here: the place where adapters of the batch's spans add theirs."""
-        return self._layers[index].products[name](x)
+    def _project(
+        self, index: int, name: Product, x: torch.Tensor, adapters: Sequence[AdapterRows]
+    ) -> torch.Tensor:
+        """Every product of a layer, with what the adapters add to their rows."""
+        y = self._layers[index].products[name](x)
+        for rows in adapters:
+            y = rows.add_to(y, index, name, x)
+        return y
 
     def _turns(self, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosines and signed sines of the rows' positions, each (rows, 1, rotary_dim); None without rotation."""

@@ -146,6 +146,7 @@ void rh_logits(const rh_decoder *decoder, const rh_pass *pass, float *logits) {
 
 /* So that Python can check that it means the same structs. */
 int64_t rh_struct_bytes(int which) {
-    const int64_t bytes[] = {sizeof(rh_linear), sizeof(rh_layer), sizeof(rh_decoder), sizeof(rh_pass)};
+    const int64_t bytes[] = {sizeof(rh_linear), sizeof(rh_layer), sizeof(rh_decoder), sizeof(rh_pass),
+                             sizeof(rh_lora), sizeof(rh_adapter)};
     return bytes[which];
 }

@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ..api import ModelRefusal
 from ..decoder_weights import DecoderWeights, LayerWeights, NormWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
+from ..lora import LoraAdapter
 from ..packing import PackedTokens, token_tensor
 from ..spec import DecoderSpec, alibi_slopes, rotary_frequencies
 from . import bindings
+from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
 from .build import load_library
 from .panels import PackedLinear, pack_linear
@@ -75,7 +78,9 @@ class NativeDecoder:
         scratch.ensure(len(batch.tokens), max(span.start + span.count for span in batch.spans))
         positions, starts, tables = _addressing(batch)
         hidden = self._embed(tokens, positions)
-        call = scratch.struct(len(batch.tokens), hidden)
+        adapters = adapter_addresses(batch)
+        call = scratch.struct(len(batch.tokens), hidden, has_adapters=adapters is not None)
+        call.adapters = None if adapters is None else adapters.ctypes.data
         call.positions, call.table_starts, call.tables = (
             positions.ctypes.data,
             starts.ctypes.data,
@@ -84,6 +89,14 @@ class NativeDecoder:
         call.pool, call.pool_blocks = address(pool.storage), pool.blocks
         self._library.rh_forward(ctypes.byref(self._struct), ctypes.byref(call))
         return hidden
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> NativeAdapter:
+        """See `decoder.Decoder`."""
+        prepared = NativeAdapter(adapter)
+        # A thread's scratch row holds what stands between the two matrices.
+        if prepared.widest_rank > self._scratch.widest_row:
+            raise ModelRefusal(f"adapter: a rank of {prepared.widest_rank} in one product is too high")
+        return prepared
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `decoder.Decoder`."""
@@ -188,6 +201,8 @@ class _Scratch:
     def __init__(self, spec: DecoderSpec, kind: Kind, threads: int) -> None:
         self._spec, self._kind, self._threads = spec, kind, threads
         self._rows = self._tokens = 0
+        self.widest_row = max(spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_dim)
+        self._plain: torch.Tensor | None = None
 
     def ensure(self, rows: int, tokens: int) -> None:
         """tokens: the longest sequence, whose scores one thread holds."""
@@ -207,23 +222,31 @@ class _Scratch:
             self._offsets = torch.empty(self._rows, inputs // 64, dtype=torch.int32) if int8 else None
         if tokens > self._tokens:
             self._tokens = _grown(tokens)
-            widest = max(spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_dim)
-            floats = max(widest, _HEADS_AT_ONCE * -(-self._tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
+            floats = max(self.widest_row, _HEADS_AT_ONCE * -(-self._tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
             # 64 bytes apart, so that two threads never write the same cache line.
             self._row_scratch = torch.empty(self._threads, -(-floats // 16) * 16 + 16)
 
-    def struct(self, rows: int, hidden: torch.Tensor) -> bindings.Pass:
+    def struct(self, rows: int, hidden: torch.Tensor, has_adapters: bool = False) -> bindings.Pass:
+        plain = self._plain_rows(rows) if has_adapters and self._kind == Kind.INT8 else None
         return bindings.Pass(
             rows=rows,
             threads=self._threads,
             hidden=address(hidden),
             between=address(self._between),
-            input=bindings.Rows(address(self._data), address(self._scales), address(self._offsets), None),
+            input=bindings.Rows(
+                address(self._data), address(self._scales), address(self._offsets), address(plain)
+            ),
             wide=address(self._wide),
             mixed=address(self._mixed),
             row_scratch=address(self._row_scratch),
             row_floats=self._row_scratch.shape[1],
         )
+
+    def _plain_rows(self, rows: int) -> torch.Tensor:
+        """Adapters beside int8 weights read the rows as they were before."""
+        if self._plain is None or len(self._plain) < rows:
+            self._plain = torch.empty(_grown(rows), self.widest_row)
+        return self._plain
 
 
 def _grown(count: int) -> int:

@@ -28,6 +28,7 @@ def view(sequence_id: str, arrival: int = 0, **changes: Any) -> SequenceView:
         **changes,
     }
     values.setdefault("prompt_tokens", values["known_tokens"])
+    values.setdefault("base", values["model"])
     return SequenceView(sequence_id=sequence_id, arrival=arrival, **values)
 
 

@@ -257,7 +257,11 @@ def test_all_zero_weights_and_inputs_stay_zero_in_int8() -> None:
 def test_structs_have_the_sizes_that_c_sees() -> None:
     library = LIBRARY.library
     assert library is not None
-    for number, struct in enumerate((bindings.Linear, bindings.Layer, bindings.Decoder, bindings.Pass)):
+    structs = (
+        *(bindings.Linear, bindings.Layer, bindings.Decoder, bindings.Pass),
+        *(bindings.Lora, bindings.Adapter),
+    )
+    for number, struct in enumerate(structs):
         assert library.rh_struct_bytes(number) == ctypes.sizeof(struct), struct.__name__
 
 
