@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.chat_template import ChatTemplateError, compile_chat_template, render_chat_template
+from shared.model_config import ModelTypeError
 from shared.model_files import (
     CONFIG_FILES,
     INDEX_FILE,
@@ -29,7 +30,7 @@ from shared.model_files import (
     ModelFolderLimits,
     open_model_files,
 )
-from shared.model_type import ModelType, ModelTypeError, describe_model_type
+from shared.model_type import ModelType, describe_model_type
 
 __all__ = [
     "ModelFile",
@@ -45,8 +46,6 @@ SINGLE_WEIGHTS_FILE = "model.safetensors"
 # Keys by which a folder asks a loader to fetch or run code.
 CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate"})
 WEIGHT_DTYPES = frozenset({"BF16", "F16", "F32"})
-# Old Llama checkpoints carry this constant, which the engine computes itself.
-IGNORED_TENSOR_SUFFIX = ".rotary_emb.inv_freq"
 SAMPLE_TEXT = "Hello, 2 + 2 = 4? Grüße 世界"
 SAMPLE_MESSAGES = ({"role": "user", "content": "Hello"},)
 MAX_SAMPLE_TOKENS = 1_000
@@ -288,17 +287,23 @@ def _compare_tensors(seen: Mapping[str, tuple[str, tuple[int, ...]]], model_type
     allowed = dict(model_type.tensors)
     if model_type.tied_embeddings:
         # Some writers save the tied head as well; it may be there, and must have its shape.
-        allowed["lm_head.weight"] = allowed["model.embed_tokens.weight"]
+        allowed[f"{model_type.names.heads[0]}.weight"] = allowed[model_type.names.embedding]
+    usual_names = model_type.names.usual(seen)
+    present = set(usual_names.values())
     for name, shape in model_type.tensors.items():
-        if name not in seen:
+        if name not in present:
             raise _mismatch(f"tensor {name!r} {list(shape)} is missing")
+    if len(present) < len(usual_names):
+        raise _mismatch("two tensors stand for the same one under different names")
     for name, (dtype, found) in seen.items():
-        if name.endswith(IGNORED_TENSOR_SUFFIX):
+        usual = usual_names[name]
+        # Old checkpoints store what the engine computes itself, in any form.
+        if usual in model_type.names.ignored:
             continue
-        if name not in allowed:
+        if usual not in allowed:
             raise _mismatch(f"tensor {name[:80]!r} is not one of {model_type.architecture}")
-        if found != allowed[name]:
-            raise _mismatch(f"tensor {name!r} is {list(found)}, the config asks for {list(allowed[name])}")
+        if found != allowed[usual]:
+            raise _mismatch(f"tensor {name!r} is {list(found)}, the config asks for {list(allowed[usual])}")
         if dtype not in WEIGHT_DTYPES:
             raise _mismatch(f"tensor {name!r} is {dtype}; weights are {', '.join(sorted(WEIGHT_DTYPES))}")
     return sum(_elements(shape) for shape in model_type.tensors.values())

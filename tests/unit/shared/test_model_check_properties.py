@@ -12,8 +12,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.model_config import ModelTypeError
 from shared.model_folder import ModelFolderError, ModelFolderLimits, inspect_model_folder
-from shared.model_type import ARCHITECTURES, ModelTypeError, describe_model_type
+from shared.model_type import ARCHITECTURES, describe_model_type
 from shared.safetensors_header import SafetensorsError, parse_safetensors_header
 from tests.model_folders import make_config, make_folder, make_tensors, safetensors_bytes
 
@@ -33,6 +34,8 @@ CONFIG_KEYS = sorted(
             "layer_types",
             "attention_bias",
         ),
+        *("n_embd", "n_head", "n_inner", "rotary_dim", "rotary_pct", "ffn_dim", "activation_function"),
+        *("word_embed_proj_dim", "use_parallel_residual", "seq_length", "enable_bias"),
         *("mlp_bias", "rope_scaling", "rope_parameters", "partial_rotary_factor", "pretraining_tp"),
     }
 )
@@ -57,6 +60,8 @@ def test_any_config_is_described_or_refused(architecture: str, changes: dict[str
         sliding_window=None,
         use_sliding_window=False,
         head_dim=4,
+        rotary_dim=4,
+        ffn_dim=16,
     )
     with contextlib.suppress(ModelTypeError):
         described = describe_model_type(base | changes)
