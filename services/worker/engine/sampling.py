@@ -208,7 +208,10 @@ def sample_on_device(logits: torch.Tensor, batch: SamplingBatch) -> SampledBatch
     """
     logits = logits[: len(batch.states)]
     is_usable = torch.isfinite(logits.sum(dim=-1))
-    logprobs = torch.log_softmax(logits[batch.scored_index], dim=-1) if batch.scored else None
+    logprobs = None
+    if batch.scored:
+        scored = logits if len(batch.scored) == len(logits) else logits[batch.scored_index]
+        logprobs = torch.log_softmax(scored, dim=-1)
     batch.adjust(logits)
     tokens = _argmax(logits)
     batch.draws.put(tokens, logits, batch.steps)

@@ -57,7 +57,12 @@ def logits_at(step: int, row: int) -> torch.Tensor:
 
 
 def states_of(wishes: list[Sampling]) -> list[SamplingState]:
-    return [make_state(wish, (row, 10, 11, 10), ENDING) for row, wish in enumerate(wishes)]
+    return [make_state(wish, prompt_of(row), ENDING) for row, wish in enumerate(wishes)]
+
+
+def prompt_of(row: int) -> tuple[int, ...]:
+    """Of lengths that differ, as the lists of seen tokens then do."""
+    return (row, 10, 11, 10, *range(20, 20 + 7 * row))
 
 
 def step_of(sampler: Sampler, states: list[SamplingState], rows: list[int], step: int) -> list[SampledToken]:
@@ -186,6 +191,26 @@ def test_steps_may_start_before_the_last_ones_tokens_are_read(sampler: Sampler) 
     assert [each.token for each in read] == [by_row[row][0].token for row in range(4)]
     read = [each for each in second.read() if each is not None]
     assert [each.token for each in read] == [by_row[row][int(row != 4)].token for row in rows]
+
+
+@pytest.mark.parametrize("is_longest_first", [True, False])
+def test_penalties_stay_right_when_the_longest_history_leaves_or_comes(
+    sampler: Sampler, is_longest_first: bool
+) -> None:
+    """The short row's few seen tokens move within a table that gets narrower, or wider."""
+    short = make_state(Sampling(temperature=0.0, presence_penalty=100.0), (), ())
+    long = make_state(Sampling(temperature=0.0, repetition_penalty=1.5), tuple(range(100, 200)), ())
+    logits = logits_at(0, 0)
+    drawn = []
+    for step in range(6):
+        rows = [short, long] if is_longest_first == (step < 3) else [short]
+        outcomes = sampler.sample(logits.repeat(len(rows), 1), rows)
+        for state, outcome in zip(rows, outcomes, strict=True):
+            assert outcome is not None
+            state.note(outcome.token)
+        drawn.append(short.answer[-1])
+    # A token that was drawn is as good as forbidden, so the same logits give the next best each time.
+    assert drawn == logits.sort(descending=True, stable=True).indices[:6].tolist()
 
 
 def test_what_looks_at_unread_tokens_is_refused(sampler: Sampler) -> None:
