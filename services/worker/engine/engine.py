@@ -32,7 +32,9 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         """Sets torch's thread count for the process. Raises ValueError for a config that cannot work."""
         check_config(config)
-        torch.set_num_threads(config.threads)
+        # Of torch's own operations, which beside the C kernels are small: its threads would go on spinning after each, on
+        # the cores that the kernels need next. A decoder on plain torch takes all of `config.threads` when it is loaded.
+        torch.set_num_threads(1)
         self.config = config
         self._device = torch.device(config.device)
         self._loader = ModelLoader(config, self._device)

@@ -16,6 +16,7 @@ from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
 from .lora import PreparedAdapter, read_adapter
 from .module_loading import load_module
+from .native.decoder import NativeDecoder
 from .sampling import Sampler
 from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
 from .weights import Checkpoint
@@ -44,6 +45,8 @@ class ModelLoader:
     def load(self, handle: str, folder: Path) -> LoadedModel:
         """Raises ModelRefusal."""
         decoder = self._load_decoder(folder)
+        if not isinstance(decoder, NativeDecoder):
+            torch.set_num_threads(self._config.threads)
         spec = decoder.spec
         info = ModelInfo(
             handle=handle,

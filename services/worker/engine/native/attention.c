@@ -88,14 +88,18 @@ RH_INLINE void load_pairs(const int is_fp32, const char *at, __m512 *first, __m5
     }
 }
 
-/* scores: (heads, stride): query . key for the 16 tokens of one block. */
-RH_INLINE void score_block(const int is_fp32, const int heads, const char *keys, const float *queries, int head_dim,
-                           float *scores, size_t stride) {
+/* scores: (heads, stride): query . key for the 16 tokens of one block. next: the block that is read after it, fetched
+ * meanwhile: blocks lie anywhere, so the processor does not guess them. */
+RH_INLINE void score_block(const int is_fp32, const int heads, const char *keys, const char *next, const float *queries,
+                           int head_dim, float *scores, size_t stride) {
     __m512 first_sums[MOST_HEADS], second_sums[MOST_HEADS];
     RH_UNROLL for (int h = 0; h < heads; h++) first_sums[h] = second_sums[h] = _mm512_setzero_ps();
     for (int pair = 0; pair < head_dim / 2; pair++) {
         __m512 first, second;
-        load_pairs(is_fp32, keys + (size_t)pair * (is_fp32 ? 128 : 64), &first, &second);
+        const size_t place = (size_t)pair * (is_fp32 ? 128 : 64);
+        load_pairs(is_fp32, keys + place, &first, &second);
+        _mm_prefetch(next + place, _MM_HINT_T0);
+        if (is_fp32) _mm_prefetch(next + place + 64, _MM_HINT_T0);
         RH_UNROLL for (int h = 0; h < heads; h++) {
             const float *query = queries + (size_t)h * head_dim + 2 * pair;
             first_sums[h] = _mm512_fmadd_ps(first, _mm512_set1_ps(query[0]), first_sums[h]);
@@ -131,13 +135,18 @@ RH_INLINE void mix_channels(const int is_fp32, const int heads, const int vector
         RH_UNROLL for (int v = 0; v < vectors; v++) out[h][v] = _mm512_setzero_ps();
     for (int start = 0; start < tokens; start += RH_BLOCK_TOKENS) {
         const char *values = kv_block(decoder, pass, layer, 1, table[start / RH_BLOCK_TOKENS], kv_head);
+        const int after = start + RH_BLOCK_TOKENS;
+        const char *next = kv_block(decoder, pass, layer, 1, table[(after < tokens ? after : start) / RH_BLOCK_TOKENS], kv_head);
         const int count = tokens - start < RH_BLOCK_TOKENS ? tokens - start : RH_BLOCK_TOKENS;
         for (int token = 0; token < count; token += 2) {
-            const char *pairs = values + ((size_t)token * head_dim + 2 * channel) * (is_fp32 ? 4 : 2);
+            const size_t place = ((size_t)token * head_dim + 2 * channel) * (is_fp32 ? 4 : 2);
             const int has_second = token + 1 < count;
             RH_UNROLL for (int v = 0; v < vectors; v++) {
                 __m512 first, second;
-                load_pairs(is_fp32, pairs + (size_t)v * (is_fp32 ? 128 : 64), &first, &second);
+                const size_t lines = place + (size_t)v * (is_fp32 ? 128 : 64);
+                load_pairs(is_fp32, values + lines, &first, &second);
+                _mm_prefetch(next + lines, _MM_HINT_T0);
+                if (is_fp32) _mm_prefetch(next + lines + 64, _MM_HINT_T0);
                 RH_UNROLL for (int h = 0; h < heads; h++) {
                     const float *weight = weights + h * stride + start + token;
                     out[h][v] = _mm512_fmadd_ps(first, _mm512_set1_ps(weight[0]), out[h][v]);
@@ -162,9 +171,13 @@ RH_INLINE void attend_heads(const int is_fp32, const int heads, const rh_decoder
     const float *queries = pass->wide + (size_t)row * decoder->layers[layer].qkv.outputs + (size_t)head * head_dim;
     float *mixed = pass->mixed + ((size_t)row * decoder->heads + head) * head_dim;
     float sums[MOST_HEADS];
-    for (int start = 0; start < tokens; start += RH_BLOCK_TOKENS)
-        score_block(is_fp32, heads, kv_block(decoder, pass, layer, 0, table[start / RH_BLOCK_TOKENS], kv_head), queries,
-                    head_dim, scores + start, stride);
+    const char *keys = kv_block(decoder, pass, layer, 0, table[0], kv_head);
+    for (int start = 0; start < tokens; start += RH_BLOCK_TOKENS) {
+        const int after = start + RH_BLOCK_TOKENS, is_last = after >= tokens;
+        const char *next = kv_block(decoder, pass, layer, is_last, is_last ? table[0] : table[after / RH_BLOCK_TOKENS], kv_head);
+        score_block(is_fp32, heads, keys, next, queries, head_dim, scores + start, stride);
+        keys = next;
+    }
     for (int h = 0; h < heads; h++) {
         if (decoder->slopes) /* by the token's own position, not its distance: rounded as the reference rounds */
             for (int t = 0; t < tokens; t++) scores[h * stride + t] += decoder->slopes[head + h] * (float)t;

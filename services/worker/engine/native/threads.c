@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernels.h"
@@ -16,9 +17,11 @@
 #define MOST_THREADS 64
 /* Pieces of one run: a pass takes a dozen for each layer. */
 #define MOST_ROUNDS 8192
-/* Turns of waiting before a waiting thread gives its core away (about 20 us), and before an idle one sleeps (about 200 us). */
-#define BARRIER_TURNS 1000
-#define IDLE_TURNS 8000
+/* Turns of waiting before a waiting thread offers its core to others at each further turn: some tens of microseconds. */
+#define EAGER_TURNS 1000
+/* An idle thread sleeps only after this long, which spans the pause between two steps: a thread that is woken is put beside
+ * its waker as often as not, and then waits for the core that the waker has. */
+#define AWAKE_NS 4000000
 
 struct rh_team {
     rh_work work;
@@ -43,13 +46,19 @@ static void futex(atomic_int *word, int operation, int value) {
     syscall(SYS_futex, (int *)word, operation, value, NULL, NULL, 0);
 }
 
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 static int wait_for_run(int seen) {
-    for (int turn = 0; turn < IDLE_TURNS; turn++) {
-        const int now = atomic_load_explicit(&runs, memory_order_acquire);
-        if (now != seen) return now;
-        _mm_pause();
-    }
     int now;
+    const int64_t sleep_at = now_ns() + AWAKE_NS;
+    for (int turn = 0; turn < EAGER_TURNS || now_ns() < sleep_at; turn++) {
+        if ((now = atomic_load_explicit(&runs, memory_order_acquire)) != seen) return now;
+        turn < EAGER_TURNS ? _mm_pause() : (void)sched_yield();
+    }
     while ((now = atomic_load(&runs)) == seen) {
         atomic_fetch_add(&sleepers, 1);
         futex(&runs, FUTEX_WAIT_PRIVATE, seen);
@@ -93,7 +102,7 @@ void rh_run(int threads, rh_work work, void *argument) {
     }
     work(argument, &team, 0);
     for (int turn = 0; atomic_load_explicit(&finished, memory_order_acquire) < team.threads; turn++)
-        turn < BARRIER_TURNS ? _mm_pause() : (void)sched_yield();
+        turn < EAGER_TURNS ? _mm_pause() : (void)sched_yield();
     pthread_mutex_unlock(&one_run_at_a_time);
 }
 
@@ -106,7 +115,7 @@ void rh_barrier(rh_team *t) {
         return;
     }
     for (int turn = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase; turn++)
-        turn < BARRIER_TURNS ? _mm_pause() : (void)sched_yield();
+        turn < EAGER_TURNS ? _mm_pause() : (void)sched_yield();
 }
 
 /* The next piece [first, last) of `count` things in pieces of `size`; 0 when none is left, and the round is over for this
