@@ -22,7 +22,6 @@ _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
-    "ROUNDHOUSE_WORKER_THREADS",
 )
 
 
@@ -62,8 +61,10 @@ def worker_environment(
 ) -> dict[str, str]:
     """The environment of a worker: the agent's, less what no worker may have, plus its place. Pure."""
     environment = {name: value for name, value in inherited.items() if name not in _NOT_FOR_WORKERS}
-    environment |= {name: str(threads) for name in _THREAD_VARIABLES}
+    # Libraries' threads would spin beside the engine's own, so where it measures their number, they get one.
+    environment |= {name: str(threads or 1) for name in _THREAD_VARIABLES}
     environment |= {
+        "ROUNDHOUSE_WORKER_THREADS": str(threads),
         processes.INCARNATION_VARIABLE: spec.incarnation,
         processes.NODE_VARIABLE: node_id,
         processes.HOME_VARIABLE: home,

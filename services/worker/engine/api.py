@@ -23,7 +23,7 @@ class EngineConfig:
     prefill_chunk_tokens: prompts are cut at multiples of it. step_tokens: what one step computes over all models; answers
     take theirs first, prompts the rest. None: one chunk beside a full batch.
     block_tokens: of one block of the pool; kernels know 16 only. kernels: "auto" takes the fastest that can serve a model;
-    "torch" and "native" are for comparing them.
+    "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures at the first model what is best.
     """
 
     device: str = "cpu"

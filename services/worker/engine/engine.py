@@ -249,9 +249,11 @@ def check_config(config: EngineConfig) -> None:
         problems.append(f"precision {config.precision!r} is none of {', '.join(_PRECISIONS)}")
     if torch.device(config.device).type == "cuda" and config.precision == "int8":
         problems.append("int8 runs on the CPU only")
-    for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "block_tokens", "threads"):
+    for name in ("max_batch", "max_context_tokens", "prefill_chunk_tokens", "block_tokens"):
         if getattr(config, name) < 1:
             problems.append(f"{name} must be at least 1")
+    if config.threads < 0:
+        problems.append("threads must be at least 1, or 0 to measure")
     if config.step_tokens is not None and config.step_tokens < 1:
         problems.append("step_tokens must be at least 1")
     if config.kv_tokens < config.block_tokens:

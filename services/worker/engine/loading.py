@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ from .module_loading import load_module
 from .native.decoder import NativeDecoder
 from .sampling import Sampler
 from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
+from .thread_choice import measure_threads
 from .weights import Checkpoint
 
 
@@ -40,13 +42,13 @@ class ModelLoader:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self._config, self._device = config, device
+        self._measured_threads: int | None = None
         self._byte_tables: WeakValueDictionary[bytes, ByteTable] = WeakValueDictionary()
 
     def load(self, handle: str, folder: Path) -> LoadedModel:
         """Raises ModelRefusal."""
         decoder = self._load_decoder(folder)
-        if not isinstance(decoder, NativeDecoder):
-            torch.set_num_threads(self._config.threads)
+        self._set_threads(decoder)
         spec = decoder.spec
         info = ModelInfo(
             handle=handle,
@@ -69,6 +71,15 @@ class ModelLoader:
             adapter = base.decoder.prepare_adapter(read_adapter(folder, handle, base.spec))
         info = replace(base.info, handle=handle, weight_bytes=adapter.weight_bytes)
         return replace(base, info=info, adapter=adapter)
+
+    def _set_threads(self, decoder: Decoder) -> None:
+        """A measured number is kept for all later models: they share the machine with the first."""
+        if not isinstance(decoder, NativeDecoder):
+            torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
+        elif self._config.threads == 0:
+            if self._measured_threads is None:
+                self._measured_threads = measure_threads(decoder)
+            decoder.threads = self._measured_threads
 
     def _load_decoder(self, folder: Path) -> Decoder:
         config, generation = read_configs(folder)

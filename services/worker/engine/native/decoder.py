@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from ..api import ModelRefusal
+from ..decoder import kv_dtype
 from ..decoder_weights import DecoderWeights, LayerWeights, NormWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
 from ..lora import LoraAdapter
@@ -56,6 +57,7 @@ class NativeDecoder:
         self._library = library
         self.spec = spec
         self._kind, self._threads = _KINDS[precision], threads
+        self.kv_dtype = kv_dtype(precision)
         self._kept: list[object] = []  # whatever the structs point to
         self.weight_bytes = 0
         self._embedding = weights.embedding
@@ -70,6 +72,16 @@ class NativeDecoder:
         self._struct = self._decoder_struct(layers, weights)
         self.weight_bytes += weights.embedding.nbytes
         self._scratch = _Scratch(spec, self._kind, threads)
+
+    @property
+    def threads(self) -> int:
+        return self._threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        if threads != self._threads:
+            self._threads = threads
+            self._scratch = _Scratch(self.spec, self._kind, threads)
 
     def forward(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
         """See `decoder.Decoder`."""

@@ -1,0 +1,59 @@
+"""How many threads compute on a CPU: measured once, where nobody said it. Beside other busy processes one is best."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping
+from time import perf_counter
+
+import torch
+
+from .kv_cache import KVPool
+from .native.decoder import NativeDecoder
+from .packing import PackedTokens, Span
+
+# Pairs of passes: some 50 ms for a small model, a few seconds for a large one.
+_ROUNDS = 7
+# More threads must bring at least this much: what they bring less than that, they cost those who share the machine.
+_LEAST_GAIN = 1.25
+_MOST_THREADS = 64
+
+
+def choose_threads(seconds: Mapping[int, float]) -> int:
+    """seconds: of one pass, by number of threads. Pure.
+
+    1. From the fewest upward, the next number is taken while it is at least _LEAST_GAIN times as fast as the last taken.
+    2. A number that brings too little is passed over: the one after it may still.
+    """
+    counts = sorted(seconds)
+    chosen = counts[0]
+    for count in counts[1:]:
+        if seconds[chosen] / seconds[count] >= _LEAST_GAIN:
+            chosen = count
+    return chosen
+
+
+def measure_threads(decoder: NativeDecoder) -> int:
+    """Decodes one token again and again, by 1, 2, 4, ... threads in turn, in a pool of its own."""
+    counts = candidate_counts(len(os.sched_getaffinity(0)))
+    if len(counts) == 1:
+        return counts[0]
+    pool = KVPool(decoder.spec.kv_shape, 1, decoder.kv_dtype, torch.device("cpu"))
+    batch = PackedTokens([0], [Span((1,), 0, 1)])
+    taken: dict[int, list[float]] = {count: [] for count in counts}
+    with torch.inference_mode():
+        for _ in range(_ROUNDS):
+            for count in counts:
+                decoder.threads = count
+                decoder.forward(batch, pool)  # wakes the threads, as the step before would have
+                begin = perf_counter()
+                decoder.forward(batch, pool)
+                taken[count].append(perf_counter() - begin)
+    return choose_threads({count: statistics.median(each) for count, each in taken.items()})
+
+
+def candidate_counts(cores: int) -> list[int]:
+    """1, 2, 4, ... and the number of cores itself."""
+    cores = min(cores, _MOST_THREADS)
+    return sorted({1 << power for power in range(cores.bit_length())} | {cores})

@@ -1,0 +1,44 @@
+"""How many threads compute: a table of measured seconds, and one real measurement."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from services.worker.engine.native.build import load_library
+from services.worker.engine.thread_choice import candidate_counts, choose_threads
+from tests.unit.worker.engine.builders import make_engine, make_request, run_all
+from tests.unit.worker.engine.conftest import TinyModel
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        pytest.param({1: 1.0}, 1, id="one core"),
+        pytest.param({1: 1.0, 2: 0.5}, 2, id="alone: twice as fast"),
+        pytest.param({1: 1.0, 2: 0.9}, 1, id="shared: hardly faster"),
+        pytest.param({1: 1.0, 2: 8.0}, 1, id="shared: waits for a core that others have"),
+        pytest.param({1: 1.0, 2: 0.5, 4: 0.45}, 2, id="bound by memory beyond two"),
+        pytest.param({1: 1.0, 2: 0.9, 4: 0.5}, 4, id="two bring little, four do"),
+        pytest.param({1: 1.0, 2: 0.6, 4: 0.3, 6: 0.2}, 6, id="each brings enough"),
+    ],
+)
+def test_more_threads_are_taken_only_where_they_bring_enough(seconds: dict[int, float], chosen: int) -> None:
+    assert choose_threads(seconds) == chosen
+
+
+@pytest.mark.parametrize(
+    ("cores", "counts"),
+    [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8]), (400, [1, 2, 4, 8, 16, 32, 64])],
+)
+def test_candidates_are_powers_of_two_and_all_cores(cores: int, counts: list[int]) -> None:
+    assert candidate_counts(cores) == counts
+
+
+def test_an_engine_that_was_told_no_number_measures_one_and_answers_the_same(tiny: TinyModel) -> None:
+    request = make_request("a", [5, 6, 7, 8], 12)
+    measured, told = make_engine(tiny.folder, threads=0), make_engine(tiny.folder, threads=1)
+    assert run_all(measured, [request])["a"].tokens == run_all(told, [request])["a"].tokens
+    if load_library().library is not None:
+        assert measured._loader._measured_threads in candidate_counts(len(os.sched_getaffinity(0)))
