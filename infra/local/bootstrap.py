@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
         with _one_at_a_time():
             ensure_packages(os.environ)
             ensure_venv()
+            ensure_kernels()
     except SetupFailed as failure:
         fail(str(failure))
         return 1
@@ -95,6 +96,8 @@ def missing_packages(environ: Mapping[str, str]) -> list[str]:
     missing = []
     if choose_interpreter(find_interpreters()) is None:
         missing.append("python3-venv")
+    if not shutil.which("cc"):
+        missing += ["gcc", "libc6-dev"]
     if not environ.get("AMQP_URL") and not os.path.exists("/usr/lib/rabbitmq/bin/rabbitmq-server"):
         missing.append("rabbitmq-server")
     if not environ.get("REDIS_URL") and not shutil.which("redis-server"):
@@ -234,6 +237,23 @@ def ensure_venv() -> None:
             _pip(["--no-deps", "-r", str(REQUIREMENTS / "torch-cuda.txt")], log, "torch's CUDA libraries")
     stamp.write_text(wanted)
     installing.unlink()
+
+
+def ensure_kernels() -> None:
+    """The engine's C kernels, compiled for this clone. Without them it computes with torch alone: slower, not wrong."""
+    build = ROOT / "services" / "worker" / "engine" / "native" / "build.py"
+    made = [path.stat().st_mtime for path in build.parent.glob("_build/kernels-*.so")]
+    if made and max(made) >= max(path.stat().st_mtime for path in build.parent.glob("*.[ch]")):
+        return
+    with step("C kernels"):
+        done = subprocess.run(
+            [str(VENV / "bin" / "python"), str(build)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+    if done.returncode:
+        say(
+            "    not compiled, the engine will be slower: "
+            + done.stderr.decode(errors="replace").strip()[-300:]
+        )
 
 
 def _install_torch(log: Path) -> None:

@@ -80,7 +80,11 @@ def test_what_is_copied_is_there_and_sent_to_the_builder() -> None:
 def test_each_target_holds_the_same_code_above_its_packages(target: str) -> None:
     copies = [rest for stage, word, rest in instructions() if stage == target and word == "COPY"]
     assert copies[0].startswith("--from=packages") and copies[0].endswith("/opt/venv /opt/venv")
-    assert copies[1:] == ["infra /app/infra", "shared /app/shared", "services /app/services"]
+    kernels = ["--from=kernels /native/_build /app/services/worker/engine/native/_build"]
+    assert copies[1:] == [
+        *("infra /app/infra", "shared /app/shared", "services /app/services"),
+        *(kernels if target == "cpu" else []),
+    ]
 
 
 def test_each_target_has_the_packages_of_its_kind() -> None:
@@ -96,7 +100,7 @@ def test_each_target_has_the_packages_of_its_kind() -> None:
     sources = {
         stage: rest.split("=")[1].split()[0]
         for stage, word, rest in instructions()
-        if word == "COPY" and rest.startswith("--from=")
+        if word == "COPY" and rest.startswith("--from=packages")
     }
     assert sources == {"base": "packages", "cpu": "packages-cpu", "gpu": "packages-gpu"}
     assert lineage("packages-cpu") == ["packages-cpu", "packages"]

@@ -36,9 +36,12 @@ def test_a_server_that_the_environment_names_needs_no_package(monkeypatch: pytes
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr(bootstrap, "find_interpreters", lambda: [PYTHON_311])
-    assert bootstrap.missing_packages({}) == ["rabbitmq-server", "redis-server", "postgresql"]
+    compiler, servers = ["gcc", "libc6-dev"], ["rabbitmq-server", "redis-server", "postgresql"]
+    assert bootstrap.missing_packages({}) == [*compiler, *servers]
     named = {"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x"}
-    assert bootstrap.missing_packages(named) == ["rabbitmq-server"]
+    assert bootstrap.missing_packages(named) == [*compiler, "rabbitmq-server"]
+    assert bootstrap.missing_packages({**named, "AMQP_URL": "amqp://x"}) == compiler
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if name == "cc" else None)
     assert bootstrap.missing_packages({**named, "AMQP_URL": "amqp://x"}) == []
 
 

@@ -1,9 +1,9 @@
 """Compiles the C files of this folder once for this machine's processor, and loads them.
 
-    python -m services.worker.engine.native.build
+    python services/worker/engine/native/build.py
 
-Set-up runs that, so that no worker waits for a compiler. The library lies in `_build/`, named by what it was made from:
-sources, flags, compiler. A machine without a compiler or without AVX-512 VNNI has no library; the engine then computes
+Set-up runs that, so that no worker waits for a compiler; it needs no package. The library lies in `_build/`, named by what it was made from:
+sources and flags. A machine without a compiler or without AVX-512 VNNI has no library; the engine then computes
 with torch alone, slower, and `reason` says why.
 """
 
@@ -19,8 +19,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from .bindings import declare
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = _HERE / "_build"
@@ -47,13 +45,14 @@ def load_library() -> NativeLibrary:
     missing = _NEEDED_CPU_FLAGS - _cpu_flags()
     if missing:
         return NativeLibrary(None, f"this processor lacks {', '.join(sorted(missing))}")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     try:
-        path = _library_path(compiler)
+        compiler, path = find_compiler(), _library_path()
         if not path.exists():
             if compiler is None:
                 return NativeLibrary(None, "no C compiler (cc) was found")
             _compile(compiler, path)
+        from .bindings import declare
+
         library = ctypes.CDLL(str(path))
         declare(library)
         return NativeLibrary(library, "")
@@ -62,12 +61,15 @@ def load_library() -> NativeLibrary:
         return NativeLibrary(None, f"the C kernels could not be compiled: {detail}")
 
 
+def find_compiler() -> str | None:
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def _sources() -> list[Path]:
     return sorted(_HERE.glob("*.c"))
 
 
-def _library_path(compiler: str | None) -> Path:
-    """Without a compiler whatever an image's build left for the same sources."""
+def _library_path() -> Path:
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for path in (*_sources(), _HERE / "kernels.h"):
         digest.update(path.read_bytes())
@@ -76,6 +78,8 @@ def _library_path(compiler: str | None) -> Path:
 
 def _compile(compiler: str, path: Path) -> None:
     _BUILD.mkdir(exist_ok=True)
+    for old in _BUILD.glob("kernels-*.so"):
+        old.unlink(missing_ok=True)  # of other sources; who has it open keeps it
     with tempfile.TemporaryDirectory(dir=_BUILD) as scratch:
         made = Path(scratch) / path.name
         subprocess.run(
@@ -97,7 +101,21 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def main() -> int:
+    """Compiles for whatever machine will run it: an image may be built on another one."""
+    compiler, path = find_compiler(), _library_path()
+    if path.exists():
+        return 0
+    if compiler is None:
+        print("no C compiler (cc) was found: the engine will compute with torch alone", file=sys.stderr)
+        return 1
+    try:
+        _compile(compiler, path)
+    except subprocess.CalledProcessError as problem:
+        print(problem.stderr, file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    outcome = load_library()
-    print("native kernels are ready" if outcome.library else f"no native kernels: {outcome.reason}")
-    sys.exit(0)
+    sys.exit(main())

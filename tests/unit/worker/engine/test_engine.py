@@ -515,7 +515,7 @@ def test_model_info_says_what_was_loaded(tiny: TinyModel) -> None:
         {"kv_tokens": 3},
         {"kv_tokens": 31, "block_tokens": 32},
         {"block_tokens": 0},
-        {"threads": 0},
+        {"threads": -1},
         {"device": "cuda", "precision": "int8"},
     ],
 )
