@@ -154,6 +154,25 @@ def test_adapters_and_base_in_one_batch_answer_as_alone(
     assert len({tuple(alone[model, 1].tokens) for model in adapters.oracles}) == 3
 
 
+def test_adapters_stay_theirs_through_chunks_and_pre_emption(
+    tiny: TinyModel, adapters: Adapters, kernels: str
+) -> None:
+    engine = make_engine(tiny.folder, prefill_chunk_tokens=23, kv_tokens=256, kernels=kernels)
+    adapters.load(engine)
+    prompts = [prompt_of(length, seed=length) for length in (30, 45, 60)]
+    answers = run_all(
+        engine,
+        [
+            make_request(f"{model} {number}", prompt, 40, model=model)
+            for number, prompt in enumerate(prompts)
+            for model in adapters.oracles
+        ],
+    )
+    for number, prompt in enumerate(prompts):
+        for model, oracle in adapters.oracles.items():
+            assert answers[f"{model} {number}"].tokens == oracle_greedy(oracle, prompt, 40)
+
+
 def test_lower_precisions_stay_close_to_merged_weights(
     tiny: TinyModel, adapters: Adapters, kernels: str
 ) -> None:
