@@ -135,7 +135,15 @@ def test_the_worker_does_not_reach_into_the_agent() -> None:
 
 def test_the_engine_needs_only_its_libraries() -> None:
     """It is measured alone on machines that have nothing else."""
-    allowed = {"torch", "transformers", "tokenizers", "safetensors", "numpy", *sys.stdlib_module_names}
+    allowed = {
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "triton",
+        *sys.stdlib_module_names,
+    }
     offences = [
         f"{_shown(path)} imports {name}"
         for path in _sources("services/worker/engine")

@@ -6,7 +6,7 @@ instructions, `cuda/` on GPUs, `module_decoder.py` for model types we have no de
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -36,6 +36,15 @@ class Decoder(Protocol):
 
     def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: rows as `forward` returns them. Returns (rows, size) fp32: transformers' `last_hidden_state`."""
+        ...
+
+
+@runtime_checkable
+class PreparedDecoder(Decoder, Protocol):
+    """A decoder that has work to do once it knows its pool, before the first request."""
+
+    def prepare(self, pool: KVPool) -> None:
+        """Seconds of work, on any thread, also while another model runs. Changes nothing in `pool`."""
         ...
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
 from .batching import ModelBatch, plan_step
-from .decoder import kv_dtype
+from .decoder import PreparedDecoder, kv_dtype
 from .kv_cache import KVPool
 from .loading import LoadedModel, ModelLoader
 from .prefix_cache import BlockAllocator
@@ -74,7 +74,12 @@ class Engine:
         with self._reserved(handle):
             model = self._loader.load(handle, folder)
             with self._models_lock:
-                self._ensure_pool(model)
+                pool = self._ensure_pool(model)
+            if isinstance(model.decoder, PreparedDecoder):
+                with torch.inference_mode():
+                    model.decoder.prepare(pool)
+            with self._models_lock:
+                self._ensure_pool(model)  # a model of another type may have come first meanwhile
                 self._models[handle] = model
         return model.info
 
@@ -214,10 +219,10 @@ class Engine:
             with self._models_lock:
                 self._loading.discard(handle)
 
-    def _ensure_pool(self, model: LoadedModel) -> None:
+    def _ensure_pool(self, model: LoadedModel) -> KVPool:
         """One pool for all models; a first model, or one alone after the others are gone, sets its shape."""
         if self._pool is not None and self._pool.kv_shape == model.spec.kv_shape:
-            return
+            return self._pool
         if self._models:
             raise ModelRefusal(
                 f"model {model.info.handle} is of another type than those loaded: (layers, kv heads, head size) "
@@ -230,6 +235,7 @@ class Engine:
             self._device,
             self.config.block_tokens,
         )
+        return self._pool
 
     def _find(self, sequence_id: str) -> LiveSequence | None:
         for group in (self._residents.running, self._residents.waiting, self._finished_at_add):

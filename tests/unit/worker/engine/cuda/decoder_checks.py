@@ -1,0 +1,80 @@
+"""`CudaDecoder` without graphs against `TorchDecoder`. Run by `test_decoder.py` under the interpreter.
+
+One layer of the smallest shapes: the interpreter takes about a millisecond for each program of a kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from services.worker.engine.cuda.decoder import CudaDecoder
+from services.worker.engine.family_weights import FamilyWeights
+from services.worker.engine.kv_cache import KVPool
+from services.worker.engine.packing import PackedTokens, Span
+from services.worker.engine.spec import DecoderSpec, spec_from_config
+from services.worker.engine.torch_decoder import TorchDecoder
+from services.worker.engine.weights import Checkpoint
+from tests.unit.worker.engine.builders import VOCAB_SIZE, save_model
+from tests.unit.worker.engine.family_configs import VARIANTS
+
+CPU = torch.device("cpu")
+TOLERANCE = 2e-5
+
+
+def passes(tokens: list[int]) -> list[PackedTokens]:
+    """A prompt; a mixed pass that goes on with it beside a new prompt; a decoding pass with a token drawn before."""
+    first, second = [3], [2]
+    drawn = torch.tensor([9, tokens[23]])
+    return [
+        PackedTokens(tokens[:4], (Span(first, 0, 4),)),
+        PackedTokens(tokens[4:8], (Span(first, 4, 1), Span(first, 5, 2), Span(second, 0, 1))),
+        PackedTokens([tokens[8], -2], (Span(first, 7, 1), Span(second, 1, 1)), drawn),
+    ]
+
+
+def outputs(decoder: TorchDecoder | CudaDecoder, spec: DecoderSpec) -> list[torch.Tensor]:
+    tokens = torch.randint(3, VOCAB_SIZE, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+    pool = KVPool(spec.kv_shape, 4, torch.float32, CPU)
+    found: list[torch.Tensor] = []
+    for batch in passes(tokens):
+        hidden = decoder.forward(batch, pool).clone()
+        found += [decoder.logits(hidden), decoder.final_hidden(hidden)]
+    return [*found, *(memory for layer in range(spec.layers) for memory in pool.layer(layer))]
+
+
+def check(name: str) -> None:
+    config = copy.deepcopy(VARIANTS[name])
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        save_model(folder, config, scale=2.0)
+        spec = spec_from_config(config.to_dict(), {})
+        assert spec.layers == 1
+        with Checkpoint(folder) as checkpoint:
+            reference = TorchDecoder(spec, FamilyWeights(spec, checkpoint), "fp32", CPU)
+        with Checkpoint(folder) as checkpoint:
+            decoder = CudaDecoder(spec, FamilyWeights(spec, checkpoint), "fp32", CPU, 8, 64)
+    pairs = zip(outputs(decoder, spec), outputs(reference, spec), strict=True)
+    for index, (ours, theirs) in enumerate(pairs):
+        difference = (ours.float() - theirs.float()).abs().max().item()
+        bound = TOLERANCE * max(1.0, theirs.abs().max().item())
+        assert difference < bound, (name, index, difference)
+
+
+def main(names: list[str]) -> None:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        for name in names:
+            check(name)
+    print(f"checked {len(names)} types")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
