@@ -24,6 +24,8 @@ class EngineConfig:
     take theirs first, prompts the rest. None: one chunk beside a full batch.
     block_tokens: of one block of the pool; kernels know 16 only. kernels: "auto" takes the fastest that can serve a model;
     "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures at the first model what is best.
+    steps_ahead: 1 launches a step before the last one's tokens are read, so that a GPU never waits for the host; an answer
+    comes one call of `Engine.step` later. None: 1 on a GPU, 0 on a CPU.
     """
 
     device: str = "cpu"
@@ -36,6 +38,7 @@ class EngineConfig:
     block_tokens: int = 16
     threads: int = 1
     kernels: Literal["auto", "torch", "native"] = "auto"
+    steps_ahead: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step's outcome. prefilled: ids of sequences whose first prefill was completed by this step."""
+    """Outcome of the passes that a step read. prefilled: ids of sequences whose first prefill was completed by them."""
 
     deltas: list[Delta] = field(default_factory=list)
     prefill_tokens: int = 0

@@ -22,7 +22,8 @@ class SequenceView:
 
     model: as requests name it; base: whose pass computes it, another where `model` is an adapter. arrival: order of
     `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
-    computed_tokens: of these, how many have keys and values in the pool. held_tokens: how many its blocks have room for.
+    unread_tokens: drawn beyond these by a pass whose outcome the host has not read. computed_tokens: of all these, how many
+    have keys and values in the pool, or will by passes that were launched. held_tokens: how many its blocks have room for.
     most_tokens: prompt and longest possible answer.
     """
 
@@ -36,11 +37,23 @@ class SequenceView:
     computed_tokens: int = 0
     held_tokens: int = 0
     preemptions: int = 0
+    unread_tokens: int = 0
+
+    @property
+    def expected_tokens(self) -> int:
+        return self.known_tokens + self.unread_tokens
 
     @property
     def is_decoding(self) -> bool:
         """What is left is the last token of the answer so far."""
-        return self.prompt_tokens <= self.computed_tokens == self.known_tokens - 1
+        return self.prompt_tokens <= self.computed_tokens == self.expected_tokens - 1
+
+    @property
+    def only_waits(self) -> bool:
+        """Nothing is left to compute until a pass is read: all is computed, or its unread token is the answer's last."""
+        if self.computed_tokens >= self.expected_tokens:
+            return True
+        return self.unread_tokens > 0 and self.expected_tokens >= self.most_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ def plan_step(
 ) -> list[ModelBatch]:
     """What one step computes: one batch for each model with work. running: in order of arrival.
 
-    1. Every decoding sequence decodes one token.
+    1. Every decoding sequence decodes one token; those that only wait for a pass to be read have nothing to do.
     2. Prompts share what that leaves of `step_tokens`: the models take turns, beginning with number `turn` modulo their
        count; within a model the oldest goes first, one chunk each.
     3. A chunk ends at a multiple of `chunk_tokens` or with the prompt, never earlier: where a prompt is cut does not
@@ -120,6 +133,8 @@ def plan_step(
     decode: dict[str, list[str]] = {}
     prompts: dict[str, list[SequenceView]] = {}
     for view in running:
+        if view.only_waits:
+            continue
         if view.is_decoding:
             decode.setdefault(view.base, []).append(view.sequence_id)
         else:

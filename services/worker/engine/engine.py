@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,10 +21,20 @@ from .kv_cache import KVPool
 from .loading import LoadedModel, ModelLoader
 from .prefix_cache import BlockAllocator
 from .residents import Residents
-from .running import Outcome, Work, run_pass_isolated
+from .running import LaunchedPass, Outcome, Work, launch, launch_isolated, may_run_ahead
 from .sequence import LiveSequence, make_sequence
 
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+
+
+@dataclass(slots=True)
+class _Round:
+    """A `StepReport` in the making: of the passes that this step read."""
+
+    deltas: list[Delta]
+    prefilled: list[str] = field(default_factory=list)
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
 
 
 class Engine:
@@ -46,6 +57,10 @@ class Engine:
         self._residents = Residents(self._blocks, config.block_tokens, config.max_batch)
         self._finished_at_add: dict[str, LiveSequence] = {}
         self._step_tokens = config.step_tokens or config.prefill_chunk_tokens + config.max_batch
+        self._in_flight: list[LaunchedPass] = []
+        self._steps_ahead = config.steps_ahead
+        if self._steps_ahead is None:
+            self._steps_ahead = 1 if self._device.type == "cuda" else 0
         self._arrivals = 0
         self._steps = 0
 
@@ -144,32 +159,79 @@ class Engine:
             return self._step()
 
     def _step(self) -> StepReport:
-        deltas = [_closing_delta(sequence) for sequence in self._finished_at_add.values()]
+        round_ = _Round([_closing_delta(sequence) for sequence in self._finished_at_add.values()])
         self._finished_at_add.clear()
+        if not may_run_ahead(self._in_flight):
+            self._read_passes(round_)
+        launched = self._launch_passes(round_)
+        if self._steps_ahead:
+            launched, self._in_flight = self._in_flight, launched
+        for each in launched:
+            self._settle_pass(each, round_)
+        if not self._residents.running and not self._residents.waiting:
+            self._in_flight = []  # of sequences that ended: nobody wants their tokens
+        return StepReport(round_.deltas, round_.prefill_tokens, round_.decode_tokens, round_.prefilled)
+
+    def _read_passes(self, round_: _Round) -> None:
+        """Nothing is in flight afterwards."""
+        launched, self._in_flight = self._in_flight, []
+        for each in launched:
+            self._settle_pass(each, round_)
+
+    def _launch_passes(self, round_: _Round) -> list[LaunchedPass]:
+        """Starts who fits, then one step's passes: of what is known, and of tokens that passes in flight will draw."""
         self._residents.admit()
         self._residents.make_room()
         if self._pool is not None:
             self._pool.clear(self._blocks.drain_uncleared())
         views = [sequence.view for sequence in self._residents.running.values()]
-        prefilled: list[str] = []
-        prefill_tokens = decode_tokens = 0
         chunk_tokens = self.config.prefill_chunk_tokens
+        launched: list[LaunchedPass] = []
         for batch in plan_step(views, chunk_tokens, self._step_tokens, self._steps):
-            for outcome in self._run(batch):
-                deltas.extend(self._settle(outcome, prefilled))
-            prefill_tokens += sum(chunk.count for chunk in batch.chunks)
-            decode_tokens += len(batch.decode)
+            passes = self._launch(batch)
+            if passes is None:
+                # Nothing is changed by it. Once the tokens are read, the next step cuts it until only the culprit fails.
+                self._read_passes(round_)
+                break
+            launched += passes
         self._steps += 1
-        return StepReport(deltas, prefill_tokens, decode_tokens, prefilled)
+        return launched
 
-    def _run(self, batch: ModelBatch) -> list[Outcome]:
+    def _launch(self, batch: ModelBatch) -> list[LaunchedPass] | None:
+        """None: it broke beside a pass in flight, whose tokens it needs."""
         running = self._residents.running
         decoding = (running[sequence_id] for sequence_id in batch.decode)
-        works = [Work(sequence, sequence.view.computed_tokens, 1) for sequence in decoding]
-        works += [Work(running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
+        works = [_work(sequence, sequence.view.computed_tokens, 1) for sequence in decoding]
+        works += [_work(running[chunk.sequence_id], chunk.start, chunk.count) for chunk in batch.chunks]
         assert self._pool is not None  # made with the first model
         model = self._models[batch.model]
-        return run_pass_isolated(model.decoder, model.sampler, works, self._pool, self._device)
+        before = next((each for each in self._in_flight if each.base == batch.model), None)
+        if before is None:
+            launched = launch_isolated(model.decoder, model.sampler, works, self._pool, self._device)
+        else:
+            try:
+                launched = [launch(model.decoder, model.sampler, works, self._pool, self._device, before)]
+            except torch.AcceleratorError:
+                raise
+            except Exception:  # noqa: BLE001 - it comes again in the next step, where it is somebody's outcome
+                return None
+        for work in works:
+            work.sequence.view.computed_tokens += work.count
+            work.sequence.view.unread_tokens += work.draws
+        return launched
+
+    def _settle_pass(self, launched: LaunchedPass, round_: _Round) -> None:
+        for outcome in launched.read():
+            work = outcome.work
+            work.sequence.view.unread_tokens -= work.draws
+            if self._residents.is_live(
+                work.sequence
+            ):  # else it ended, or was cancelled, when this was in flight
+                if work.count == 1 and work.start >= work.sequence.view.prompt_tokens:
+                    round_.decode_tokens += 1
+                else:
+                    round_.prefill_tokens += work.count
+                round_.deltas.extend(self._settle(outcome, round_.prefilled))
 
     def _settle(self, outcome: Outcome, prefilled: list[str]) -> list[Delta]:
         """Books what the pass did for one sequence; the delta to report, if there is one."""
@@ -177,18 +239,18 @@ class Engine:
         if outcome.error is not None:
             self._residents.leave(sequence, has_failed=True)
             return [_failing_delta(sequence, outcome.error)]
-        sequence.view.computed_tokens += outcome.work.count
-        if sequence.view.computed_tokens < sequence.view.known_tokens:
+        computed_tokens = outcome.work.start + outcome.work.count
+        if computed_tokens < sequence.view.known_tokens:
             return []
         if not sequence.is_prefill_reported:
             sequence.is_prefill_reported = True
             prefilled.append(sequence.sequence_id)
         if outcome.sampled is None:
             if sequence.request.pooling is not None:
-                self._residents.note_proven(sequence)
+                self._residents.note_proven(sequence, computed_tokens)
             self._residents.leave(sequence)
             return [_closing_delta(sequence, sequence.embedding())]
-        self._residents.note_proven(sequence)
+        self._residents.note_proven(sequence, computed_tokens)
         token_start, prompt_logprobs = sequence.generated, sequence.take_prompt_logprobs()
         advance = sequence.advance(outcome.sampled.token)
         if advance.finish_reason is not None:
@@ -260,6 +322,8 @@ def check_config(config: EngineConfig) -> None:
             problems.append(f"{name} must be at least 1")
     if config.threads < 0:
         problems.append("threads must be at least 1, or 0 to measure")
+    if config.steps_ahead not in (None, 0, 1):
+        problems.append("steps_ahead must be 0 or 1")
     if config.step_tokens is not None and config.step_tokens < 1:
         problems.append("step_tokens must be at least 1")
     if config.kv_tokens < config.block_tokens:
@@ -307,6 +371,11 @@ def check_request(request: SequenceRequest, model: ModelInfo, pool_tokens: int) 
             "context_length_exceeded",
             f"{len(request.prompt_tokens)} prompt tokens and {request.max_tokens} new ones exceed {room_tokens}",
         )
+
+
+def _work(sequence: LiveSequence, start: int, count: int) -> Work:
+    draws = start + count == sequence.view.expected_tokens and sequence.finish_reason is None
+    return Work(sequence, start, count, draws)
 
 
 def _closing_delta(sequence: LiveSequence, embedding: tuple[float, ...] = ()) -> Delta:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .transfer import to_device
+
 # What kernels are written for; other sizes are for `torch_decoder.py`, and for tests.
 BLOCK_TOKENS = 16
 # Never given out and always zero: pads block tables of unequal length to a rectangle.
@@ -88,7 +90,7 @@ class KVPool:
             for block in blocks:
                 self._pool[:, :, block].zero_()
         elif blocks:
-            index = torch.tensor(blocks).to(self._pool.device, non_blocking=True)
+            index = to_device(torch.tensor(blocks), self._pool.device)
             self._pool.index_fill_(2, index, 0)
 
 

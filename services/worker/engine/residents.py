@@ -54,7 +54,11 @@ class Residents:
 
     def make_room(self) -> None:
         """Each sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
-        short = [each for each in self.running.values() if each.view.known_tokens > each.view.held_tokens]
+        short = [
+            each
+            for each in self.running.values()
+            if each.view.expected_tokens > each.view.held_tokens and not each.view.only_waits
+        ]
         for sequence in short:
             while sequence.sequence_id in self.running and not self._extend(sequence):
                 victim = choose_victim([each.view for each in self.running.values()])
@@ -62,12 +66,19 @@ class Residents:
                     raise AssertionError("out of blocks, and everyone holds all it may need")
                 self._preempt(victim)
 
-    def note_proven(self, sequence: LiveSequence) -> None:
-        """Its full blocks can be found from now on.
+    def is_live(self, sequence: LiveSequence) -> bool:
+        """Whether it is this one that runs or waits: a later one may have its id."""
+        sequence_id = sequence.sequence_id
+        return sequence in (self.running.get(sequence_id), self.waiting.get(sequence_id))
+
+    def note_proven(self, sequence: LiveSequence, tokens: int) -> None:
+        """Its blocks that its first `tokens` fill can be found from now on, if it still runs.
 
         To be called when logits that attended to all of them were finite: a NaN in any would have reached these.
         """
-        full = sequence.view.computed_tokens // self._block_tokens
+        if sequence.sequence_id not in self.running:
+            return
+        full = tokens // self._block_tokens
         if full > sequence.findable_blocks:
             names = sequence.names.first(full, sequence.known)
             for index in range(sequence.findable_blocks, full):
@@ -76,8 +87,13 @@ class Residents:
         self._withdraw(sequence)
 
     def leave(self, sequence: LiveSequence, has_failed: bool = False) -> None:
-        """Its blocks are free, those that were proven stay findable; of one that failed, none does."""
-        del self.running[sequence.sequence_id]
+        """Its blocks are free, those that were proven stay findable; of one that failed, none does.
+
+        A pass in flight may still write into them: passes run in the order of their launch, and their next owner's come
+        later, as does clearing them.
+        """
+        if self.running.pop(sequence.sequence_id, None) is None:
+            del self.waiting[sequence.sequence_id]  # it gave way before its last token was read
         if has_failed:
             self._blocks.forget(sequence.blocks)
         self._release(sequence)

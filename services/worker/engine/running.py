@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -13,9 +14,10 @@ from .decoder import Decoder
 from .kv_cache import KVPool
 from .packing import PackedTokens, Span
 from .pooling import Pooled, add_rows, rows_to_pool
-from .sampling import SampledToken, Sampler
+from .sampling import SampledBatch, SampledToken, Sampler, sample_on_device
 from .scoring import score_tokens
 from .sequence import LiveSequence
+from .transfer import to_device
 
 # Prompt positions scored at once: their logits take 4 bytes x vocabulary each.
 _SCORED_AT_ONCE = 64
@@ -25,15 +27,12 @@ NOT_FINITE = "the model's logits are not finite numbers"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute the sequence's known tokens [start, start + count); after the last known one, draw the next."""
+    """Compute the sequence's tokens [start, start + count); after the last one, draw the next where `draws`."""
 
     sequence: LiveSequence
     start: int
     count: int
-
-    @property
-    def draws(self) -> bool:
-        return self.start + self.count == len(self.sequence.known) and self.sequence.finish_reason is None
+    draws: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +44,84 @@ class Outcome:
     error: str | None = None
 
 
-def run_pass_isolated(
+@dataclass(frozen=True, slots=True)
+class LaunchedPass:
+    """A pass that the device has been told to run. Until it is read, its draws are on the device alone.
+
+    errors: of works that failed already, by their index. drawing: indices of works that draw, in the order of `sampled`.
+    """
+
+    works: Sequence[Work]
+    drawing: Sequence[int] = ()
+    sampled: SampledBatch | None = None
+    errors: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        return self.works[0].sequence.view.base
+
+    def drawn_rows(self) -> dict[LiveSequence, int]:
+        """Where in the draws each sequence's token is."""
+        return {self.works[index].sequence: row for row, index in enumerate(self.drawing)}
+
+    def read(self) -> list[Outcome]:
+        """Waits for the device."""
+        outcomes = [Outcome(work) for work in self.works]
+        if self.sampled is not None:
+            for index, token in zip(self.drawing, self.sampled.read(), strict=True):
+                outcomes[index] = Outcome(self.works[index], token, NOT_FINITE if token is None else None)
+        for index, error in self.errors.items():
+            outcomes[index] = Outcome(self.works[index], error=error)
+        return outcomes
+
+
+def may_run_ahead(in_flight: Sequence[LaunchedPass]) -> bool:
+    """Whether a further step may be launched before these passes are read.
+
+    1. Each model has one pass in flight: a row's unread token is looked for in the last one only.
+    2. No sequence has bad words of several tokens: the host compares them with the answer.
+    """
+    bases = [launched.base for launched in in_flight]
+    if len(set(bases)) < len(bases):
+        return False
+    return not any(
+        work.draws and work.sequence.sampling.bad_sequences is not None
+        for launched in in_flight
+        for work in launched.works
+    )
+
+
+def launch_isolated(
     decoder: Decoder, sampler: Sampler, works: Sequence[Work], pool: KVPool, device: torch.device
-) -> list[Outcome]:
-    """`run_pass`; when it breaks (out of memory, say), its halves run again, and theirs: only those that break alone fail.
+) -> list[LaunchedPass]:
+    """`launch`; when it breaks (out of memory, say), its halves run again, and theirs: only those that break alone fail.
 
     Running again is safe: a pass writes the same places of the pool, and a sequence's state changes only afterwards.
     A GPU that broke gives no answers any more, to nobody: that one is raised.
     """
     try:
-        return run_pass(decoder, sampler, works, pool, device)
+        return [launch(decoder, sampler, works, pool, device)]
     except torch.AcceleratorError:
         raise
     except Exception as problem:  # noqa: BLE001 - it becomes the outcome of the one sequence that it belongs to
         if len(works) == 1:
-            return [Outcome(works[0], error=f"{type(problem).__name__}: {problem}")]
+            return [LaunchedPass(works, errors={0: f"{type(problem).__name__}: {problem}"})]
     middle = len(works) // 2
     halves = (works[:middle], works[middle:])
-    return [outcome for half in halves for outcome in run_pass_isolated(decoder, sampler, half, pool, device)]
+    return [done for half in halves for done in launch_isolated(decoder, sampler, half, pool, device)]
 
 
-def run_pass(
-    decoder: Decoder, sampler: Sampler, works: Sequence[Work], pool: KVPool, device: torch.device
-) -> list[Outcome]:
-    spans = [span for work in works for span in _spans(work)]
-    tokens = [token for work in works for token in work.sequence.known[work.start : work.start + work.count]]
-    hidden = decoder.forward(PackedTokens(tokens, spans), pool)
-    ends = torch.tensor([work.count for work in works]).cumsum(0).tolist()
+def launch(
+    decoder: Decoder,
+    sampler: Sampler,
+    works: Sequence[Work],
+    pool: KVPool,
+    device: torch.device,
+    before: LaunchedPass | None = None,
+) -> LaunchedPass:
+    """before: the model's pass in flight, which holds the tokens of these works that are not known yet."""
+    hidden = decoder.forward(_pack(works, before), pool)
+    ends = list(accumulate(work.count for work in works))
     prompt_scores = [
         _score_prompt(decoder, work, hidden[end - work.count : end]) if work.sequence.unscored_prompt else []
         for work, end in zip(works, ends, strict=True)
@@ -81,19 +131,40 @@ def run_pass(
         for work, end in zip(works, ends, strict=True)
     ]
     drawing = [index for index, work in enumerate(works) if work.draws]
-    outcomes = [Outcome(work) for work in works]
+    sampled = None
     if drawing:
-        logits = decoder.logits(hidden[torch.tensor([ends[index] - 1 for index in drawing], device=device)])
-        sampled = sampler.sample(logits, [works[index].sequence.sampling for index in drawing])
-        for index, token in zip(drawing, sampled, strict=True):
-            outcomes[index] = Outcome(works[index], token, NOT_FINITE if token is None else None)
+        if len(drawing) < len(hidden):
+            hidden = hidden[to_device(torch.tensor([ends[index] - 1 for index in drawing]), device)]
+        sequences = [works[index].sequence for index in drawing]
+        batch = sampler.prepare(
+            [sequence.sampling for sequence in sequences],
+            [sequence.view.unread_tokens for sequence in sequences],
+        )
+        sampled = sample_on_device(decoder.logits(hidden), batch)
+    errors: dict[int, str] = {}
     for index, (work, scores, pool_now) in enumerate(zip(works, prompt_scores, pooled, strict=True)):
         work.sequence.prompt_logprobs.extend(scores)
         work.sequence.pooled = pool_now
         is_finite = pool_now.total is None or bool(torch.isfinite(pool_now.total).all())
         if not is_finite or not all(math.isfinite(score.logprob) for score in scores):
-            outcomes[index] = Outcome(work, error=NOT_FINITE)
-    return outcomes
+            errors[index] = NOT_FINITE
+    return LaunchedPass(works, drawing, sampled, errors)
+
+
+def _pack(works: Sequence[Work], before: LaunchedPass | None) -> PackedTokens:
+    rows = {} if before is None else before.drawn_rows()
+    tokens: list[int] = []
+    uses_drawn = False
+    for work in works:
+        known = work.sequence.known[work.start : work.start + work.count]
+        tokens += known
+        if len(known) < work.count:
+            tokens.append(-1 - rows[work.sequence])
+            uses_drawn = True
+    drawn = (
+        before.sampled.tokens if uses_drawn and before is not None and before.sampled is not None else None
+    )
+    return PackedTokens(tokens, [span for work in works for span in _spans(work)], drawn)
 
 
 def _spans(work: Work) -> list[Span]:

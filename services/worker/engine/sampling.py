@@ -21,7 +21,7 @@ from .draw_rows import RowDrawer, cut_of
 from .noise import mixed_seed, noise_key, noise_keys
 from .penalties import ForbiddenEndings, PenalisedRow, PenaltyTable, TokenAddends, forbid
 from .scoring import Scores, packed, parts_of, read_scores, score
-from .transfer import to_device
+from .transfer import ToHost, to_device
 
 
 @dataclass(slots=True, eq=False)
@@ -72,17 +72,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SampledBatch:
-    """tokens: (rows,) int64; is_usable: (rows,) bool; both on the device. scores: of the batch's `scored` rows."""
+    """tokens: (rows,) int64 on the device. scores: of the batch's `scored` rows, on the device.
+
+    outcome: `packed` tokens, whether each is usable, and scores, on their way to the host since they were drawn.
+    """
 
     tokens: torch.Tensor
-    is_usable: torch.Tensor
     scores: Scores | None
     batch: SamplingBatch
+    outcome: ToHost
 
     def read(self) -> list[SampledToken | None]:
-        """Waits for the device. None for a row whose logits are not all finite, or whose tokens are all forbidden."""
+        """Waits for the drawing, not for passes launched since. None for a row whose logits are not all finite, or whose tokens are all forbidden."""
         rows = len(self.tokens)
-        host = packed([self.tokens, self.is_usable, *parts_of(self.scores)]).cpu()
+        host = self.outcome.wait()
         tokens, is_usable = host[:rows].tolist(), host[rows : 2 * rows].tolist()
         states, scored = self.batch.states, self.batch.scored
         logprobs: dict[int, TokenLogprob] = {}
@@ -219,7 +222,7 @@ def sample_on_device(logits: torch.Tensor, batch: SamplingBatch) -> SampledBatch
         is_usable &= torch.isfinite(logits.gather(1, tokens.unsqueeze(1)).squeeze(1))
     batch.note(tokens)
     scores = None if logprobs is None else score(logprobs, tokens[batch.scored_index], batch.most_top)
-    return SampledBatch(tokens, is_usable, scores, batch)
+    return SampledBatch(tokens, scores, batch, ToHost(packed([tokens, is_usable, *parts_of(scores)])))
 
 
 class _Draws:

@@ -22,7 +22,7 @@ class Advance:
     finish_reason: str | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LiveSequence:
     """known: prompt and generated tokens. names: of the blocks that they fill.
 

@@ -6,6 +6,7 @@ rounding. Without a CUDA device the same code runs under Triton's interpreter, f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from torch.nn import functional
 from ..decoder import activation_dtype
 from ..decoder_weights import DecoderWeights, LinearWeights, NormWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
+from ..lora import LoraAdapter, Product
 from ..packing import PackedTokens
 from ..spec import DecoderSpec, alibi_slopes, rotary_frequencies
+from ..torch_adapter import AdapterRows, TorchAdapter, adapter_rows
 from .arena import Arena
 from .attention import attend_decode, attend_prefill, choose_splits, head_layout, rows_of_a_piece
 from .graphs import DecodeGraphs
@@ -56,6 +59,7 @@ class CudaDecoder:
         """Copies all weights. max_batch, max_context_tokens: what graphs are made for; larger passes run without."""
         self.spec = spec
         self._device = device
+        self._precision = precision
         dtype = activation_dtype(precision)
         self.arena = Arena(spec, dtype, device)
         self.arena.fill(weights)
@@ -95,7 +99,11 @@ class CudaDecoder:
     def forward_eager(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
         """`forward` without graphs."""
         inputs = pass_inputs(batch, rows_of_a_piece(self._heads, self._dtype), self._device)
-        return self._run(inputs, batch.drawn, pool)
+        return self._run(inputs, batch.drawn, pool, adapter_rows(batch.spans, self._device))
+
+    def prepare_adapter(self, adapter: LoraAdapter) -> TorchAdapter:
+        """See `decoder.Decoder`. Passes with adapters run without graphs."""
+        return TorchAdapter(adapter, self._precision, self._device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `decoder.Decoder`."""
@@ -108,12 +116,18 @@ class CudaDecoder:
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._residual_norm(hidden.contiguous(), (), (self._final_norm,))[0]
 
-    def _run(self, inputs: PassInputs, drawn: torch.Tensor | None, pool: KVPool) -> torch.Tensor:
+    def _run(
+        self,
+        inputs: PassInputs,
+        drawn: torch.Tensor | None,
+        pool: KVPool,
+        adapters: Sequence[AdapterRows] = (),
+    ) -> torch.Tensor:
         hidden = self._embed(inputs, drawn)
         normed = self._residual_norm(hidden, (), self._norms_before(0))
         for index in range(self.spec.layers):
             following = self._norms_before(index + 1)
-            normed = self._run_layer(index, hidden, normed, following, inputs, pool)
+            normed = self._run_layer(index, hidden, normed, following, inputs, pool, adapters)
         return hidden
 
     def _run_layer(
@@ -124,21 +138,34 @@ class CudaDecoder:
         following: tuple[Norm, ...],
         inputs: PassInputs,
         pool: KVPool,
+        adapters: Sequence[AdapterRows],
     ) -> list[torch.Tensor]:
         """hidden: changed in place. normed: under the layer's norms of its input. Returns it under `following`."""
         spec, layer = self.spec, self._layers[index]
+        qkv_size = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+
+        def adapted(y: torch.Tensor, product: Product, x: torch.Tensor) -> torch.Tensor:
+            for rows in adapters:
+                y = rows.add_to(y, index, product, x)
+            return y
+
+        def finish_mlp(mixed: torch.Tensor) -> torch.Tensor:
+            active = activate(mixed, spec.intermediate_size, spec.activation, spec.is_gated)
+            return adapted(_project(active, layer.mlp_out), "mlp_out", active)
+
         first = _project(normed[0], layer.first)
-        attended = _project(self._attend(index, first, inputs, pool), layer.attention_output)
+        adapted(first[:, :qkv_size], "qkv", normed[0])
+        mixed = self._attend(index, first, inputs, pool)
+        attended = adapted(_project(mixed, layer.attention_output), "attention_output", mixed)
         if spec.residual == "sequential":
             assert layer.mlp_norm is not None
-            (mlp_normed,) = self._residual_norm(hidden, (attended,), (layer.mlp_norm,))
-            return self._residual_norm(hidden, (self._mlp(layer, mlp_normed),), following)
+            normed = self._residual_norm(hidden, (attended,), (layer.mlp_norm,))
         if layer.mlp_in is None:
-            mixed = first[:, (spec.heads + 2 * spec.kv_heads) * spec.head_dim :]
-            mlp = self._mlp_out(layer, mixed)
+            mlp = finish_mlp(adapted(first[:, qkv_size:], "mlp_in", normed[0]))
         else:
-            mlp = self._mlp(layer, normed[1])
-        return self._residual_norm(hidden, (attended, mlp), following)
+            mlp = finish_mlp(adapted(_project(normed[-1], layer.mlp_in), "mlp_in", normed[-1]))
+        deltas = (mlp,) if spec.residual == "sequential" else (attended, mlp)
+        return self._residual_norm(hidden, deltas, following)
 
     def _norms_before(self, index: int) -> tuple[Norm, ...]:
         """Of the layer's input; the last layer's output gets none here."""
@@ -196,15 +223,6 @@ class CudaDecoder:
                 queries[rows:], keys, values, inputs.pieces, inputs.tables, self._heads, output[rows:]
             )
         return output
-
-    def _mlp(self, layer: _Layer, normed: torch.Tensor) -> torch.Tensor:
-        assert layer.mlp_in is not None
-        return self._mlp_out(layer, _project(normed, layer.mlp_in))
-
-    def _mlp_out(self, layer: _Layer, mixed: torch.Tensor) -> torch.Tensor:
-        spec = self.spec
-        active = activate(mixed, spec.intermediate_size, spec.activation, spec.is_gated)
-        return _project(active, layer.mlp_out)
 
     def _residual_norm(
         self, hidden: torch.Tensor, deltas: tuple[torch.Tensor, ...], norms: tuple[Norm, ...]
