@@ -1,6 +1,6 @@
 # Every target prepares what it needs and is safe to repeat. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak
+.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak gpu-check-engine gpu-check-gptj
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -64,3 +64,12 @@ bench-engine: setup ## the engine against transformers and llama.cpp, on a quiet
 
 soak: setup ## 10,000 requests through the engine: does its memory stay flat? ARGS="--model smollm2 --requests 500"
 	@$(PYTHON) -m loadtest.soak $(ARGS)
+
+# No set-up: a machine with a GPU has its own Python, torch, triton and transformers. JSON: where the rows go.
+GPU_CHECK = mkdir -p .local && timeout 478 python3 -m loadtest.gpu_engine $(1) --json $(or $(JSON),.local/gpu-$(1).json) $(ARGS)
+
+gpu-check-engine: ## on a machine with a CUDA device: kernels checked, then Llama-8B's shape against transformers
+	@$(call GPU_CHECK,engine)
+
+gpu-check-gptj: ## the same with GPT-J-6B's shape
+	@$(call GPU_CHECK,gptj)

@@ -16,7 +16,8 @@ import torch
 
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
 from .batching import ModelBatch, plan_step
-from .decoder import PreparedDecoder, kv_dtype
+from .decoder import Decoder, PreparedDecoder, kv_dtype
+from .detokenize import ByteTable
 from .kv_cache import KVPool
 from .loading import LoadedModel, ModelLoader
 from .prefix_cache import BlockAllocator
@@ -88,14 +89,17 @@ class Engine:
         """
         with self._reserved(handle):
             model = self._loader.load(handle, folder)
-            with self._models_lock:
-                pool = self._ensure_pool(model)
-            if isinstance(model.decoder, PreparedDecoder):
-                with torch.inference_mode():
-                    model.decoder.prepare(pool)
-            with self._models_lock:
-                self._ensure_pool(model)  # a model of another type may have come first meanwhile
-                self._models[handle] = model
+            self._install(model)
+        return model.info
+
+    def load_decoder(self, handle: str, decoder: Decoder) -> ModelInfo:
+        """A model that is in memory already and has no tokenizer: its answers are tokens without text.
+
+        Threads, readiness and errors as with `load_model`.
+        """
+        with self._reserved(handle):
+            model = self._loader.wrap(handle, decoder, ByteTable(()))
+            self._install(model)
         return model.info
 
     def load_adapter(self, handle: str, base_handle: str, folder: Path) -> ModelInfo:
@@ -280,6 +284,16 @@ class Engine:
         finally:
             with self._models_lock:
                 self._loading.discard(handle)
+
+    def _install(self, model: LoadedModel) -> None:
+        with self._models_lock:
+            pool = self._ensure_pool(model)
+        if isinstance(model.decoder, PreparedDecoder):
+            with torch.inference_mode():
+                model.decoder.prepare(pool)
+        with self._models_lock:
+            self._ensure_pool(model)  # a model of another type may have come first meanwhile
+            self._models[model.info.handle] = model
 
     def _ensure_pool(self, model: LoadedModel) -> KVPool:
         """One pool for all models; a first model, or one alone after the others are gone, sets its shape."""

@@ -49,6 +49,9 @@ class ModelLoader:
         """Raises ModelRefusal."""
         decoder = self._load_decoder(folder)
         self._set_threads(decoder)
+        return self.wrap(handle, decoder, self._byte_table(folder))
+
+    def wrap(self, handle: str, decoder: Decoder, byte_table: ByteTable) -> LoadedModel:
         spec = decoder.spec
         info = ModelInfo(
             handle=handle,
@@ -57,9 +60,7 @@ class ModelLoader:
             context_tokens=min(self._config.max_context_tokens, spec.max_positions),
             eos_token_ids=spec.eos_token_ids,
         )
-        return LoadedModel(
-            info, spec, decoder, self._byte_table(folder), Sampler(spec.vocab_size, self._device), handle
-        )
+        return LoadedModel(info, spec, decoder, byte_table, Sampler(spec.vocab_size, self._device), handle)
 
     def load_adapter(self, handle: str, base: LoadedModel, folder: Path) -> LoadedModel:
         """Raises ModelRefusal."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[5]
 def run_checks(module: str, *arguments: str) -> None:
     """The module fails by an exception, whose text is then this test's."""
     outcome = subprocess.run(
-        [sys.executable, "-m", f"tests.unit.worker.engine.cuda.{module}", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("names", [("qwen3", "bloom", "opt"), ("gptj", "gpt_neox")])
 def test_decoder_equals_the_torch_decoder(names: tuple[str, ...]) -> None:
-    run_checks("decoder_checks", *names)
+    run_checks("tests.unit.worker.engine.cuda.decoder_checks", *names)
 
 
 def test_pass_inputs_say_positions_tables_and_pieces() -> None:

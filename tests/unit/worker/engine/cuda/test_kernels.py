@@ -10,11 +10,11 @@ from tests.unit.worker.engine.cuda.interpreted import run_checks
 
 @pytest.mark.parametrize("head_dims", [("64", "80"), ("96", "128"), ("256",)])
 def test_attention_kernels_equal_the_torch_path(head_dims: tuple[str, ...]) -> None:
-    run_checks("attention_checks", *head_dims)
+    run_checks("loadtest.gpu_attention_checks", *head_dims)
 
 
 def test_kernels_between_products_equal_torch() -> None:
-    run_checks("row_checks")
+    run_checks("loadtest.gpu_row_checks")
 
 
 @pytest.mark.parametrize(
