@@ -15,6 +15,7 @@ import torch
 from services.worker.engine.cuda.decoder import CudaDecoder
 from services.worker.engine.family_weights import FamilyWeights
 from services.worker.engine.kv_cache import KVPool
+from services.worker.engine.lora import LoraAdapter, LowRank, PreparedAdapter, Product
 from services.worker.engine.packing import PackedTokens, Span
 from services.worker.engine.spec import DecoderSpec, spec_from_config
 from services.worker.engine.torch_decoder import TorchDecoder
@@ -26,14 +27,36 @@ CPU = torch.device("cpu")
 TOLERANCE = 2e-5
 
 
-def passes(tokens: list[int]) -> list[PackedTokens]:
-    """A prompt; a mixed pass that goes on with it beside a new prompt; a decoding pass with a token drawn before."""
+def adapter_of(spec: DecoderSpec) -> LoraAdapter:
+    """Rank 2 on each product."""
+    generator = torch.Generator().manual_seed(2)
+    query_size, inner = spec.heads * spec.head_dim, spec.intermediate_size
+    shapes: dict[Product, tuple[int, int]] = {
+        "qkv": (query_size + 2 * spec.kv_heads * spec.head_dim, spec.hidden_size),
+        "attention_output": (spec.hidden_size, query_size),
+        "mlp_in": (inner * (2 if spec.is_gated else 1), spec.hidden_size),
+        "mlp_out": (spec.hidden_size, inner),
+    }
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    layer = {
+        name: LowRank(random(2, inputs), random(outputs, 2)) for name, (outputs, inputs) in shapes.items()
+    }
+    return LoraAdapter("adapter", (layer,) * spec.layers)
+
+
+def passes(tokens: list[int], adapter: PreparedAdapter) -> list[PackedTokens]:
+    """A prompt; a mixed pass that goes on with it beside a new one's with an adapter; a decoding pass with a token drawn
+    before.
+    """
     first, second = [3], [2]
     drawn = torch.tensor([9, tokens[23]])
     return [
         PackedTokens(tokens[:4], (Span(first, 0, 4),)),
-        PackedTokens(tokens[4:8], (Span(first, 4, 1), Span(first, 5, 2), Span(second, 0, 1))),
-        PackedTokens([tokens[8], -2], (Span(first, 7, 1), Span(second, 1, 1)), drawn),
+        PackedTokens(tokens[4:8], (Span(first, 4, 1), Span(first, 5, 2), Span(second, 0, 1, adapter))),
+        PackedTokens([tokens[8], -2], (Span(first, 7, 1), Span(second, 1, 1, adapter)), drawn),
     ]
 
 
@@ -41,7 +64,7 @@ def outputs(decoder: TorchDecoder | CudaDecoder, spec: DecoderSpec) -> list[torc
     tokens = torch.randint(3, VOCAB_SIZE, (24,), generator=torch.Generator().manual_seed(1)).tolist()
     pool = KVPool(spec.kv_shape, 4, torch.float32, CPU)
     found: list[torch.Tensor] = []
-    for batch in passes(tokens):
+    for batch in passes(tokens, decoder.prepare_adapter(adapter_of(spec))):
         hidden = decoder.forward(batch, pool).clone()
         found += [decoder.logits(hidden), decoder.final_hidden(hidden)]
     return [*found, *(memory for layer in range(spec.layers) for memory in pool.layer(layer))]
