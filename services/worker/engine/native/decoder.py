@@ -23,7 +23,7 @@ from . import bindings
 from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
 from .build import load_library
-from .panels import PackedLinear, pack_linear
+from .panels import GROUP, PackedLinear, pack_linear, padded
 
 _KINDS = {"fp32": Kind.FP32, "bf16": Kind.BF16, "int8": Kind.INT8}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
@@ -224,14 +224,14 @@ class _Scratch:
             mixed = spec.heads * spec.head_dim
             mlp_in = spec.intermediate_size * (2 if spec.is_gated else 1)
             qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-            inputs = -(-max(spec.hidden_size, spec.intermediate_size, mixed) // 64) * 64
+            inputs = padded(max(spec.hidden_size, spec.intermediate_size, mixed), GROUP)
             int8 = self._kind == Kind.INT8
             self._between = torch.empty(self._rows, spec.hidden_size)
             self._wide = torch.empty(self._rows, max(qkv, mlp_in))
             self._mixed = torch.empty(self._rows, mixed)
             self._data = torch.empty(self._rows, inputs, dtype=torch.int8 if int8 else torch.float32)
-            self._scales = torch.empty(self._rows, inputs // 64) if int8 else None
-            self._offsets = torch.empty(self._rows, inputs // 64, dtype=torch.int32) if int8 else None
+            self._scales = torch.empty(self._rows, inputs // GROUP) if int8 else None
+            self._offsets = torch.empty(self._rows, inputs // GROUP, dtype=torch.int32) if int8 else None
         if tokens > self._tokens:
             self._tokens = _grown(tokens)
             floats = max(self.widest_row, _HEADS_AT_ONCE * -(-self._tokens // BLOCK_TOKENS) * BLOCK_TOKENS)

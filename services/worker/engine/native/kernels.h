@@ -9,7 +9,7 @@
 
 #define RH_BLOCK_TOKENS 16 /* tokens of a KV block: one vector of scores */
 #define RH_PANEL 32        /* outputs that a weight panel interleaves: two vectors of sums */
-#define RH_GROUP 64        /* inputs that share one int8 activation scale */
+#define RH_GROUP 32        /* inputs that share an int8 scale, of activations and of weights */
 #define RH_INLINE static inline __attribute__((always_inline))
 #define RH_UNROLL _Pragma("GCC unroll 16")
 
@@ -26,14 +26,14 @@ typedef struct {
 
 /* A product's weights in panels of RH_PANEL outputs. `inputs` is padded to a multiple of RH_GROUP, `outputs` is not.
  * packed: fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128.
- * scales: int8 only, one for each output. bias: may be NULL. */
+ * scales: int8 only, bf16 [panel][group][32]. bias: may be NULL. */
 typedef struct {
     int32_t kind;
     int32_t outputs;
     int32_t inputs;
     int32_t true_inputs;
     const void *packed;
-    const float *scales;
+    const uint16_t *scales;
     const float *bias;
 } rh_linear;
 

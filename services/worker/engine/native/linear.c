@@ -42,14 +42,13 @@ RH_INLINE __m512 begin(const product *p, const tile_place *at, int r, int half) 
     return _mm512_maskz_loadu_ps(outputs_mask(p->linear, output), p->y + (size_t)(at->row + r) * p->y_stride + output);
 }
 
-/* The last depth scales, adds bias and residual. */
+/* The last depth adds bias and residual. */
 RH_INLINE void finish(const product *p, const tile_place *at, int r, int half, __m512 sum) {
     const rh_linear *linear = p->linear;
     const int output = at->panel * RH_PANEL + 16 * half;
     const __mmask16 mask = outputs_mask(linear, output);
     const size_t place = (size_t)(at->row + r) * p->y_stride + output;
     if (at->to == linear->inputs) {
-        if (linear->scales) sum = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(mask, linear->scales + output));
         if (linear->bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, linear->bias + output));
         if (p->residual) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, p->residual + place));
     }
@@ -113,6 +112,11 @@ RH_INLINE void tile_bf16(const product *p, const tile_place *at, const int rows)
     FOR_SUMS finish(p, at, r, h, sums[r][h]);
 }
 
+/* 16 bf16 numbers as fp32. */
+RH_INLINE __m512 widen(const uint16_t *at) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16));
+}
+
 RH_INLINE void tile_int8(const product *p, const tile_place *at, const int rows) {
     const size_t inputs = p->linear->inputs, groups = inputs / RH_GROUP;
     const uint8_t *w = (const uint8_t *)at->weights;
@@ -134,10 +138,12 @@ RH_INLINE void tile_int8(const product *p, const tile_place *at, const int rows)
                 counts[r][1] = _mm512_dpbusd_epi32(counts[r][1], high, input);
             }
         }
+        const uint16_t *weight_scales = p->linear->scales + (at->panel * groups + group) * RH_PANEL;
+        const __m512 low_scale = widen(weight_scales), high_scale = widen(weight_scales + 16);
         RH_UNROLL for (int r = 0; r < rows; r++) {
             const __m512 scale = _mm512_set1_ps(scales[r * groups + group]);
-            sums[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts[r][0]), scale, sums[r][0]);
-            sums[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts[r][1]), scale, sums[r][1]);
+            sums[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts[r][0]), _mm512_mul_ps(scale, low_scale), sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(counts[r][1]), _mm512_mul_ps(scale, high_scale), sums[r][1]);
         }
     }
     FOR_SUMS finish(p, at, r, h, sums[r][h]);

@@ -1,4 +1,4 @@
-"""Weights in the order in which the C kernels read them: panels of 32 outputs, inputs padded to whole groups of 64."""
+"""Weights in the order in which the C kernels read them: panels of 32 outputs, inputs padded to whole groups of 32."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..decoder_weights import LinearWeights
 from .bindings import Kind, Linear, address
 
 PANEL = 32
-GROUP = 64
+GROUP = 32
 _ABSMAX_INT8 = 127.0
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """What a `bindings.Linear` points to. scales: (outputs,) fp32, int8 only; bias: (outputs,) fp32."""
+    """What a `bindings.Linear` points to. scales: (panels, groups, 32) bf16, int8 only; bias: (outputs,) fp32."""
 
     kind: Kind
     outputs: int
@@ -33,7 +33,7 @@ class PackedLinear:
     @property
     def weight_bytes(self) -> int:
         bytes_: int = self.packed.nbytes
-        return bytes_
+        return bytes_ + (0 if self.scales is None else self.scales.nbytes)
 
     def struct(self) -> Linear:
         return Linear(
@@ -52,22 +52,22 @@ def padded(count: int, multiple: int) -> int:
 
 
 def pack_linear(weights: LinearWeights, kind: Kind) -> PackedLinear:
-    """fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128."""
-    weight = weights.weight
-    outputs, inputs = weight.shape
-    scales = None
-    if kind == Kind.INT8:
-        weight = weight.float()
-        scales = weight.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny).div_(_ABSMAX_INT8)
-        # 128 is zero: padding with it adds nothing, whatever the inputs' padding holds.
-        weight = weight.div(scales.unsqueeze(1)).round_().add_(128.0).to(torch.uint8)
-    else:
-        weight = weight.to(torch.float32 if kind == Kind.FP32 else torch.bfloat16)
-    together = {Kind.FP32: 1, Kind.BF16: 2, Kind.INT8: 4}[kind]
-    fill = 128 if kind == Kind.INT8 else 0
+    """fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128.
+
+    int8: each output has a scale for each group of 32 inputs, as rows of activations have. SmolLM2-135M, perplexity of one
+    prose text: fp32 51.0, groups of 32 51.4, and half of greedy tokens equal fp32's; with groups of 64 for activations
+    and one scale for an output's whole row 51.2, and a third of them.
+    """
+    outputs, inputs = weights.weight.shape
+    dtype = torch.bfloat16 if kind == Kind.BF16 else torch.float32
+    weight = weights.weight.to(dtype)
     padding = (0, padded(inputs, GROUP) - inputs, 0, padded(outputs, PANEL) - outputs)
     if any(padding):
-        weight = functional.pad(weight, padding, value=fill)
+        weight = functional.pad(weight, padding)
+    scales = None
+    if kind == Kind.INT8:
+        weight, scales = _quantized(weight)
+    together = {Kind.FP32: 1, Kind.BF16: 2, Kind.INT8: 4}[kind]
     panels = weight.view(-1, PANEL, padded(inputs, GROUP) // together, together)
     return PackedLinear(
         kind=kind,
@@ -77,3 +77,13 @@ def pack_linear(weights: LinearWeights, kind: Kind) -> PackedLinear:
         scales=scales,
         bias=None if weights.bias is None else weights.bias.float().contiguous(),
     )
+
+
+def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight: fp32, padded. Returns uint8 of the same shape, 128 being zero, and scales (panels, groups, 32) bf16."""
+    groups = weight.view(len(weight), -1, GROUP)
+    # Rounded up to bf16 before it is used: the step grows by 1 % at most, and the largest weight still fits.
+    scales = groups.abs().amax(dim=2).mul_((1 + 2**-7) / _ABSMAX_INT8).to(torch.bfloat16)
+    steps = scales.float().clamp_min_(torch.finfo(torch.float32).tiny).unsqueeze(2)
+    whole = groups.div(steps).round_().add_(128.0).to(torch.uint8)
+    return whole.view(weight.shape), scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()

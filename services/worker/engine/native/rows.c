@@ -116,8 +116,8 @@ void rh_activate_row(const rh_decoder *decoder, const float *x, float *y) {
 static void store_int8(const float *x, int true_inputs, int inputs, int8_t *data, float *scales, int32_t *offsets) {
     for (int group = 0; group < inputs / RH_GROUP; group++) {
         const int base = group * RH_GROUP;
-        __m512 v[4], largest = _mm512_setzero_ps();
-        RH_UNROLL for (int i = 0; i < 4; i++) {
+        __m512 v[RH_GROUP / 16], largest = _mm512_setzero_ps();
+        RH_UNROLL for (int i = 0; i < RH_GROUP / 16; i++) {
             int left = true_inputs - base - 16 * i;
             v[i] = _mm512_maskz_loadu_ps(left > 0 ? tail(left) : 0, x + base + 16 * i);
             largest = _mm512_max_ps(largest, _mm512_abs_ps(v[i]));
@@ -125,7 +125,7 @@ static void store_int8(const float *x, int true_inputs, int inputs, int8_t *data
         const float most = _mm512_reduce_max_ps(largest);
         const __m512 steps = _mm512_set1_ps(most > 0.0f ? 127.0f / most : 0.0f);
         __m512i sum = _mm512_setzero_si512();
-        RH_UNROLL for (int i = 0; i < 4; i++) {
+        RH_UNROLL for (int i = 0; i < RH_GROUP / 16; i++) {
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], steps));
             sum = _mm512_add_epi32(sum, whole);
             _mm_storeu_si128((__m128i *)(data + base + 16 * i), _mm512_cvtsepi32_epi8(whole));

@@ -18,7 +18,7 @@ from services.worker.engine.kv_cache import KVPool
 from services.worker.engine.native import bindings, build
 from services.worker.engine.native.bindings import Kind, address
 from services.worker.engine.native.decoder import NativeDecoder
-from services.worker.engine.native.panels import pack_linear, padded
+from services.worker.engine.native.panels import GROUP, pack_linear, padded
 from services.worker.engine.packing import PackedTokens, Span
 from services.worker.engine.spec import DecoderSpec, RopeSpec
 from services.worker.engine.torch_decoder import TorchDecoder
@@ -234,12 +234,18 @@ def test_packing_keeps_every_weight(kind: Kind, outputs: int, inputs: int) -> No
     """Read back by the layout that the header states."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
     packed = pack_linear(LinearWeights(weight), kind)
-    assert (packed.inputs, packed.true_inputs) == (padded(inputs, 64), inputs)
+    assert (packed.inputs, packed.true_inputs) == (padded(inputs, GROUP), inputs)
     rows = packed.packed.permute(0, 2, 1, 3).reshape(-1, packed.inputs).float()
     if kind == Kind.INT8:
         assert packed.scales is not None
         assert (rows[outputs:] == 128).all() and (rows[:, inputs:] == 128).all()
-        back = (rows[:outputs, :inputs] - 128) * packed.scales.unsqueeze(1)
+        scales = (
+            packed.scales.float()
+            .transpose(1, 2)
+            .reshape(-1, packed.inputs // GROUP)
+            .repeat_interleave(GROUP, dim=1)
+        )
+        back = ((rows - 128) * scales)[:outputs, :inputs]
         assert (back - weight).abs().max() <= packed.scales.max() / 2 + 1e-7
     else:
         expected = weight if kind == Kind.FP32 else weight.bfloat16().float()
