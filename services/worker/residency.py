@@ -121,6 +121,7 @@ class Residency:
             model_id=key[0],
             revision=key[1],
             weight_bytes=info.weight_bytes,
+            kernels=info.kernels,
             load_ms=round((time.monotonic() - started_s) * 1000),
         )
 

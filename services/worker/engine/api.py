@@ -134,13 +134,17 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """weight_bytes: what the weights hold in memory in the engine's precision. context_tokens: prompt and answer."""
+    """weight_bytes: what the weights hold in memory in the engine's precision. context_tokens: prompt and answer.
+
+    kernels: what computes it, in words for a log; a slower way says why.
+    """
 
     handle: str
     weight_bytes: int
     vocab_size: int
     context_tokens: int
     eos_token_ids: tuple[int, ...]
+    kernels: str = ""
 
 
 class EngineRefusal(Exception):

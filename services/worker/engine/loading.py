@@ -12,7 +12,7 @@ import torch
 
 from .api import EngineConfig, ModelInfo, ModelRefusal
 from .decoder import Decoder
-from .decoder_choice import make_decoder
+from .decoder_choice import describe_kernels, make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
 from .lora import PreparedAdapter, read_adapter
@@ -59,6 +59,7 @@ class ModelLoader:
             vocab_size=spec.vocab_size,
             context_tokens=min(self._config.max_context_tokens, spec.max_positions),
             eos_token_ids=spec.eos_token_ids,
+            kernels=describe_kernels(decoder, self._config, self._device),
         )
         return LoadedModel(info, spec, decoder, byte_table, Sampler(spec.vocab_size, self._device), handle)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from services.worker.engine import EngineConfig, ModelRefusal
-from services.worker.engine.decoder_choice import make_decoder
+from services.worker.engine.decoder_choice import describe_kernels, make_decoder
 from services.worker.engine.decoder_weights import LayerWeights, LinearWeights, NormWeights
 from services.worker.engine.kv_cache import KVPool
 from services.worker.engine.native import bindings, build
@@ -306,6 +306,8 @@ def test_a_machine_without_compiler_or_instructions_says_so(
         assert build.load_library().reason == "this processor lacks avx512_vnni"
         decoder = make_decoder(spec, RandomWeights(spec), EngineConfig(), CPU)
         assert isinstance(decoder, TorchDecoder)
+        words = describe_kernels(decoder, EngineConfig(), CPU)
+        assert words == "torch: this processor lacks avx512_vnni"
     finally:
         monkeypatch.undo()
         build.load_library.cache_clear()
