@@ -69,7 +69,8 @@ def settle(facts: Iterable[UsageEvent]) -> Settlement:
     2. Of several workers' facts the highest attempt decides: the owner granted it last, an older one is a zombie's.
        Twice the same attempt should not be; then what costs the team least decides.
     3. A gateway's word corrects any worker's. Of several (should not be) again the one that costs the team least.
-    4. Voided, client gone -> cancelled: the tokens delivered, and the prompt if prefill ran or anything was delivered.
+    4. Voided, client gone -> cancelled: the tokens delivered, and the prompt if anything was delivered; else what the worker
+       says it read of the prompt (of an embedding job's inputs maybe a part).
     5. Voided at the deadline -> expired: nothing.
     6. Voided because it failed or was never published -> failed: nothing.
     7. Succeeded -> prompt and completion.
@@ -135,8 +136,10 @@ def _from_void(void: JobVoided, usage: JobUsage | None) -> Settlement:
     if void.reason == "client_gone":  # 4
         outcome = "cancelled"
         completion = void.delivered_tokens
-        if void.delivered_tokens > 0 or (usage is not None and usage.prefill_ran):
+        if void.delivered_tokens > 0:
             prompt = void.prompt_tokens
+        elif usage is not None and usage.prefill_ran:
+            prompt = min(void.prompt_tokens, usage.prompt_tokens)
     elif void.reason == "deadline":  # 5
         outcome = "expired"
     else:  # 6

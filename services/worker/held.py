@@ -299,8 +299,12 @@ def usage_message(held: Held, worker_id: str, outcome: Outcome, code: str | None
         attempt=held.attempt, outcome=outcome, completion_tokens=held.completion_tokens, error_code=code
     )
     usage = reported_usage(held.job, worker_id, report)
+    prompt_tokens = usage.prompt_tokens
+    if outcome == "cancelled" and not isinstance(held.job, GenerateJob):
+        prompt_tokens = sum(len(held.job.inputs[index]) for index in held.prefilled)
     return msgspec.structs.replace(
         usage,
+        prompt_tokens=prompt_tokens,
         prefill_ran=bool(held.prefilled) or held.completion_tokens > 0,
         first_token_unix_ms=held.first_token_unix_ns // 1_000_000 if held.first_token_unix_ns else None,
         timings=spent,

@@ -11,6 +11,8 @@ from typing import Literal
 
 CLOSE_AFTER_S = 1.0
 """A model that must go for a waiting one takes no new jobs after this long: its quantum is over."""
+PASSED_OVER_S = 1.0
+"""A job of several sequences that has waited that long has places kept for it as they become free."""
 
 ModelKey = tuple[str, int]
 """(model id, revision): a job names its revision and never gets another."""
@@ -96,7 +98,8 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
     1. Granted jobs first, retried ones before fresh ones: each starts if `may_start` and its model is ready.
     2. Held jobs are claimed while places are free: live before batch; among live ones the lane that was served the
        fewest tokens, then the longest wait. Nothing is claimed while a retried job waits for its turn to run. What is
-       claimed may begin at once where a first attempt may start.
+       claimed may begin at once where a first attempt may start. A job that needs more places than are free is passed
+       over, but after `PASSED_OVER_S` nothing behind it is claimed until it fits.
     3. A held job whose model is absent asks for it: loaded if the memory allows, else the least recently used model
        without work goes first. One load at a time, oldest job first.
     4. If every resident model has work and the job has waited `CLOSE_AFTER_S`, the least recently used of them is
@@ -132,6 +135,8 @@ def _plan_claims(snapshot: Snapshot, usable: set[ModelKey], max_sequences: int) 
         if taken + job.sequences <= max_sequences or taken == 0:
             claim.append(job.job_id)
             taken += job.sequences
+        elif job.waited_s >= PASSED_OVER_S:
+            break  # from now on places are kept for it
     return claim
 
 

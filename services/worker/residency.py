@@ -16,7 +16,6 @@ from typing import Literal
 
 import structlog
 
-from services.worker.engine import ModelRefusal
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
 from services.worker.pull_policy import ModelKey, ModelSlot
@@ -107,7 +106,7 @@ class Residency:
             folder = self._folder(ref)
             await asyncio.to_thread(verify_files, folder, self._manifest(ref))
             info = await self._engine.load(model_handle(key), folder)
-        except (OSError, ModelRefusal, ModelUnavailable, MemoryError, ValueError) as error:
+        except Exception as error:
             reason = (
                 str(error) if isinstance(error, ModelUnavailable) else f"{type(error).__name__} while loading"
             )

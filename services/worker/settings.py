@@ -14,7 +14,7 @@ class WorkerSettings(CommonSettings):
 
     spec_json: str = env("ROUNDHOUSE_WORKER_SPEC")
     model_store: Path = env("ROUNDHOUSE_MODEL_STORE")  # noqa: RUF009 (env makes a field)
-    threads: int = env("ROUNDHOUSE_WORKER_THREADS", 0, low=0, high=256)
+    threads: int = env("ROUNDHOUSE_WORKER_THREADS", 0, low=0, high=64)
     """That compute on a CPU; 0: the engine measures at start whether more than one bring anything."""
     model_memory_bytes: int = env("ROUNDHOUSE_WORKER_MODEL_BYTES", 2 * 1024**3, low=1)
     """Budget for the weights of resident models (host memory on a CPU, device memory on a GPU)."""

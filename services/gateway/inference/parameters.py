@@ -88,7 +88,7 @@ _SAMPLING = (
     Field("top_p", NumberIn(0, 1, low_excluded=True), 1.0),
     Field("top_k", IntegerIn(-1, 1_000_000), 0),
     Field("min_p", NumberIn(0, 1), 0.0),
-    Field("repetition_penalty", NumberIn(0, 10, low_excluded=True), 1.0),
+    Field("repetition_penalty", NumberIn(0.01, 10), 1.0),
     Field("presence_penalty", NumberIn(-2, 2), 0.0),
     Field("frequency_penalty", NumberIn(-2, 2), 0.0),
     Field("logit_bias", LogitBias(300, NumberIn(-100, 100)), ()),

@@ -21,7 +21,7 @@ class AgentSettings(CommonSettings):
     """`auto`, or a list: `cuda:0,cuda:1` or `cpu:0`."""
     cpu_devices: int = env("ROUNDHOUSE_CPU_DEVICES", 2, low=0, high=256)
     """Seats on a host without GPUs: each takes one worker."""
-    worker_threads: int = env("ROUNDHOUSE_WORKER_THREADS", 0, low=0, high=256)
+    worker_threads: int = env("ROUNDHOUSE_WORKER_THREADS", 0, low=0, high=64)
     worker_logs: str = env("ROUNDHOUSE_WORKER_LOGS", "files")
     """`files` (below the home folder) or `inherit` (the agent's own output, for containers)."""
     worker_command_json: str = env("ROUNDHOUSE_WORKER_COMMAND", "")

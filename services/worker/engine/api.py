@@ -23,7 +23,8 @@ class EngineConfig:
     prefill_chunk_tokens: prompts are cut at multiples of it. step_tokens: what one step computes over all models; answers
     take theirs first, prompts the rest. None: one chunk beside a full batch.
     block_tokens: of one block of the pool; kernels know 16 only. kernels: "auto" takes the fastest that can serve a model;
-    "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures at the first model what is best.
+    "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures at the first model what is best for the C kernels (plain torch
+    then takes one).
     steps_ahead: 1 launches a step before the last one's tokens are read, so that a GPU never waits for the host; an answer
     comes one call of `Engine.step` later. None: 1 on a GPU, 0 on a CPU.
     """

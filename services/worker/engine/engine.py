@@ -42,11 +42,8 @@ class Engine:
     """max_batch sequences run; further ones wait in order of arrival."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Sets torch's thread count for the process. Raises ValueError for a config that cannot work."""
+        """Raises ValueError for a config that cannot work."""
         check_config(config)
-        # Of torch's own operations, which beside the C kernels are small: its threads would go on spinning after each, on
-        # the cores that the kernels need next. A decoder on plain torch takes all of `config.threads` when it is loaded.
-        torch.set_num_threads(1)
         self.config = config
         self._device = torch.device(config.device)
         self._loader = ModelLoader(config, self._device)
@@ -156,11 +153,25 @@ class Engine:
         """Frees its place and blocks now; no further delta comes. An unknown id is a no-op."""
         self._finished_at_add.pop(sequence_id, None)
         self._residents.cancel(sequence_id)
+        self._forget_unwanted_passes()
 
     def step(self) -> StepReport:
         """One round: starts who fits, then for each model with work one token for each answer and a piece of prompts."""
+        self._set_torch_threads()
         with torch.inference_mode():
             return self._step()
+
+    def _forget_unwanted_passes(self) -> None:
+        """In flight are passes of sequences that ended, where none is left: they would keep their model's weights alive."""
+        if not self._residents.running and not self._residents.waiting:
+            self._in_flight = []
+
+    def _set_torch_threads(self) -> None:
+        """One beside the C kernels: more would go on spinning after each small operation, on the cores that the kernels need
+        next. A decoder on plain torch takes all. Here, since torch counts for each thread apart.
+        """
+        if torch.get_num_threads() != self._loader.torch_threads:
+            torch.set_num_threads(self._loader.torch_threads)
 
     def _step(self) -> StepReport:
         round_ = _Round([_closing_delta(sequence) for sequence in self._finished_at_add.values()])
@@ -172,8 +183,7 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
         for each in launched:
             self._settle_pass(each, round_)
-        if not self._residents.running and not self._residents.waiting:
-            self._in_flight = []  # of sequences that ended: nobody wants their tokens
+        self._forget_unwanted_passes()
         return StepReport(round_.deltas, round_.prefill_tokens, round_.decode_tokens, round_.prefilled)
 
     def _read_passes(self, round_: _Round) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -43,6 +42,8 @@ class ModelLoader:
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self._config, self._device = config, device
         self._measured_threads: int | None = None
+        # What `torch.set_num_threads` should say on the thread that steps: torch counts for each thread apart.
+        self.torch_threads = 1
         self._byte_tables: WeakValueDictionary[bytes, ByteTable] = WeakValueDictionary()
 
     def load(self, handle: str, folder: Path) -> LoadedModel:
@@ -76,8 +77,10 @@ class ModelLoader:
 
     def _set_threads(self, decoder: Decoder) -> None:
         """A measured number is kept for all later models: they share the machine with the first."""
+        if self._device.type != "cpu":
+            return
         if not isinstance(decoder, NativeDecoder):
-            torch.set_num_threads(self._config.threads or len(os.sched_getaffinity(0)))
+            self.torch_threads = self._config.threads or 1
         elif self._config.threads == 0:
             if self._measured_threads is None:
                 self._measured_threads = measure_threads(decoder)
@@ -94,6 +97,10 @@ class ModelLoader:
                 return load_module(folder, config, generation, precision, device)
             with torch.inference_mode():
                 weights = FamilyWeights(spec, checkpoint)
+                if spec.rope is not None:
+                    # Tables of angles end where sequences end: a config may name millions of positions.
+                    positions = min(spec.max_positions, self._config.max_context_tokens)
+                    spec = replace(spec, max_positions=positions)
                 decoder = make_decoder(spec, weights, self._config, device)
                 weights.check_nothing_is_left()
                 return decoder

@@ -21,8 +21,10 @@ from .packing import PackedTokens, Span
 
 # transformers exchanges functions of torch while it builds a module.
 _LOAD_LOCK = threading.Lock()
-# What would fetch or run code, or read weights of another place.
-_REFUSED_KEYS = ("auto_map", "transformers_weights", "quantization_config")
+# What would fetch or run code, or read weights of another place; refused at any depth of the config.
+_REFUSED_KEYS = frozenset(
+    {"auto_map", "transformers_weights", "quantization_config", "experts_implementation"}
+)
 _POSITION_KEYS = ("max_position_embeddings", "max_seq_len", "seq_length")
 # Some types know no end to their positions.
 _DEFAULT_POSITIONS = 2048
@@ -39,9 +41,9 @@ def load_module(
 
     int8 keeps such a model in bf16. Raises ModelRefusal.
     """
-    for key in _REFUSED_KEYS:
-        if config.get(key) is not None:
-            raise ModelRefusal(f"config.json: {key} is not served")
+    refused = sorted(_set_keys(config) & _REFUSED_KEYS)
+    if refused:
+        raise ModelRefusal(f"config.json: {refused[0]} is not served")
     if (folder / "adapter_config.json").exists():
         raise ModelRefusal("adapter_config.json: an adapter is not a model of its own")
     dtype = kv_dtype(precision)
@@ -64,6 +66,16 @@ def load_module(
     with torch.inference_mode():
         _check_pieces(decoder, tokens, whole, dtype, device)
     return decoder
+
+
+def _set_keys(value: object) -> set[str]:
+    """Of all objects inside a JSON value: keys that say something. Its depth is bounded by the parser's own."""
+    if isinstance(value, Mapping):
+        inner = (_set_keys(each) for each in value.values())
+        return set().union({str(key) for key, each in value.items() if each is not None}, *inner)
+    if isinstance(value, list):
+        return set().union(*(_set_keys(each) for each in value))
+    return set()
 
 
 def _load_by_transformers(folder: Path, dtype: torch.dtype) -> Any:

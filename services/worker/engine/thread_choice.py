@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -13,8 +14,9 @@ from .kv_cache import KVPool
 from .native.decoder import NativeDecoder
 from .packing import PackedTokens, Span
 
-# Pairs of passes: some 50 ms for a small model, a few seconds for a large one.
+# Pairs of passes for each number: some 50 ms in all for a small model. A large one is measured less often, not for longer.
 _ROUNDS = 7
+_MOST_SECONDS = 3.0
 # More threads must bring at least this much: what they bring less than that, they cost those who share the machine.
 _LEAST_GAIN = 1.25
 _MOST_THREADS = 64
@@ -36,14 +38,17 @@ def choose_threads(seconds: Mapping[int, float]) -> int:
 
 def measure_threads(decoder: NativeDecoder) -> int:
     """Decodes one token again and again, by 1, 2, 4, ... threads in turn, in a pool of its own."""
-    counts = candidate_counts(len(os.sched_getaffinity(0)))
+    counts = candidate_counts(available_cores())
     if len(counts) == 1:
         return counts[0]
     pool = KVPool(decoder.spec.kv_shape, 1, decoder.kv_dtype, torch.device("cpu"))
     batch = PackedTokens([0], [Span((1,), 0, 1)])
     taken: dict[int, list[float]] = {count: [] for count in counts}
+    stop_at = perf_counter() + _MOST_SECONDS
     with torch.inference_mode():
-        for _ in range(_ROUNDS):
+        for round_ in range(_ROUNDS):
+            if round_ and perf_counter() > stop_at:
+                break
             for count in counts:
                 decoder.threads = count
                 decoder.forward(batch, pool)  # wakes the threads, as the step before would have
@@ -51,6 +56,24 @@ def measure_threads(decoder: NativeDecoder) -> int:
                 decoder.forward(batch, pool)
                 taken[count].append(perf_counter() - begin)
     return choose_threads({count: statistics.median(each) for count, each in taken.items()})
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, and no more than its container's quota of time is worth."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii")
+    except OSError:
+        return cores
+    return cores_within(quota, cores)
+
+
+def cores_within(quota: str, cores: int) -> int:
+    """quota: `cpu.max` of cgroup v2, microseconds for each period, or "max". Rounded up; at least one core."""
+    allowed, _, period = quota.strip().partition(" ")
+    if not (allowed.isdigit() and period.isdigit() and int(period)):
+        return cores
+    return max(1, min(cores, -(-int(allowed) // int(period))))
 
 
 def candidate_counts(cores: int) -> list[int]:

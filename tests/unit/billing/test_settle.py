@@ -36,6 +36,16 @@ from tests.unit.billing.builders import make_usage, make_void
             "cancelled",
             10,
             0,
+            id="embedded-when-the-client-went",
+        ),
+        pytest.param(
+            [
+                make_void(operation="embeddings", delivered_tokens=0),
+                make_usage(operation="embeddings", outcome="cancelled", prompt_tokens=4, completion_tokens=0),
+            ],
+            "cancelled",
+            4,
+            0,
             id="embedded-in-part-when-the-client-went",
         ),
         pytest.param(

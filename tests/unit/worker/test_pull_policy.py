@@ -8,6 +8,7 @@ import pytest
 
 from services.worker.pull_policy import (
     CLOSE_AFTER_S,
+    PASSED_OVER_S,
     ModelSlot,
     Plan,
     RunningJob,
@@ -87,6 +88,15 @@ def test_a_job_larger_than_the_batch_runs_when_nothing_else_does() -> None:
     large = waiting("large", sequences=8)
     assert decide(waiting=[large]).claim == ["large"]
     assert decide(waiting=[large], running=[running("r")]).claim == []
+
+
+@pytest.mark.parametrize(("waited_s", "expected"), [(PASSED_OVER_S - 0.1, ["small"]), (PASSED_OVER_S, [])])
+def test_places_are_kept_for_a_large_job_that_was_passed_over_long_enough(
+    waited_s: float, expected: list[str]
+) -> None:
+    held = [waiting("large", sequences=4, waited_s=waited_s), waiting("small", waited_s=0.05)]
+    decided = decide(running=[running("r", sequences=3)], waiting=held)
+    assert decided.claim == expected
 
 
 def test_a_job_whose_claim_is_out_is_not_claimed_again() -> None:

@@ -1,4 +1,4 @@
-"""The structs of `kernels.h` as ctypes sees them. Change both together: a test compares their sizes."""
+"""The structs of `kernels.h` as ctypes sees them. Change both together: `declare` compares their sizes."""
 
 from __future__ import annotations
 
@@ -106,12 +106,18 @@ class Pass(Structure):
 
 
 def declare(library: ctypes.CDLL) -> None:
+    """Raises OSError when the library was made from another `kernels.h` than these structs."""
     library.rh_forward.argtypes = (POINTER(Decoder), POINTER(Pass))
     library.rh_forward.restype = None
     library.rh_logits.argtypes = (POINTER(Decoder), POINTER(Pass), c_void_p)
     library.rh_logits.restype = None
     library.rh_struct_bytes.argtypes = (c_int32,)
     library.rh_struct_bytes.restype = c_int64
+    for number, struct in enumerate((Norm, Linear, Lora, Adapter, Layer, Decoder, Rows, Pass)):
+        if library.rh_struct_bytes(number) != ctypes.sizeof(struct):
+            raise OSError(
+                f"the library's {struct.__name__} has another size: the files changed since the start"
+            )
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

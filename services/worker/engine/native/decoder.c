@@ -144,9 +144,9 @@ void rh_logits(const rh_decoder *decoder, const rh_pass *pass, float *logits) {
     rh_run(pass->threads, score, &work);
 }
 
-/* So that Python can check that it means the same structs. */
+/* So that Python can check, whenever it loads the library, that it means the same structs. */
 int64_t rh_struct_bytes(int which) {
-    const int64_t bytes[] = {sizeof(rh_linear), sizeof(rh_layer), sizeof(rh_decoder), sizeof(rh_pass),
-                             sizeof(rh_lora), sizeof(rh_adapter)};
+    const int64_t bytes[] = {sizeof(rh_norm), sizeof(rh_linear), sizeof(rh_lora), sizeof(rh_adapter),
+                             sizeof(rh_layer), sizeof(rh_decoder), sizeof(rh_rows), sizeof(rh_pass)};
     return bytes[which];
 }

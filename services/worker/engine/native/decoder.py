@@ -219,24 +219,27 @@ class _Scratch:
     def ensure(self, rows: int, tokens: int) -> None:
         """tokens: the longest sequence, whose scores one thread holds."""
         spec = self._spec
+        # The new sizes count once all of their room is there: a pass that found no memory is tried again in halves.
         if rows > self._rows:
-            self._rows = _grown(rows)
+            grown = _grown(rows)
             mixed = spec.heads * spec.head_dim
             mlp_in = spec.intermediate_size * (2 if spec.is_gated else 1)
             qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
             inputs = padded(max(spec.hidden_size, spec.intermediate_size, mixed), GROUP)
             int8 = self._kind == Kind.INT8
-            self._between = torch.empty(self._rows, spec.hidden_size)
-            self._wide = torch.empty(self._rows, max(qkv, mlp_in))
-            self._mixed = torch.empty(self._rows, mixed)
-            self._data = torch.empty(self._rows, inputs, dtype=torch.int8 if int8 else torch.float32)
-            self._scales = torch.empty(self._rows, inputs // GROUP) if int8 else None
-            self._offsets = torch.empty(self._rows, inputs // GROUP, dtype=torch.int32) if int8 else None
+            self._between = torch.empty(grown, spec.hidden_size)
+            self._wide = torch.empty(grown, max(qkv, mlp_in))
+            self._mixed = torch.empty(grown, mixed)
+            self._data = torch.empty(grown, inputs, dtype=torch.int8 if int8 else torch.float32)
+            self._scales = torch.empty(grown, inputs // GROUP) if int8 else None
+            self._offsets = torch.empty(grown, inputs // GROUP, dtype=torch.int32) if int8 else None
+            self._rows = grown
         if tokens > self._tokens:
-            self._tokens = _grown(tokens)
-            floats = max(self.widest_row, _HEADS_AT_ONCE * -(-self._tokens // BLOCK_TOKENS) * BLOCK_TOKENS)
+            grown = _grown(tokens)
+            floats = max(self.widest_row, _HEADS_AT_ONCE * -(-grown // BLOCK_TOKENS) * BLOCK_TOKENS)
             # 64 bytes apart, so that two threads never write the same cache line.
             self._row_scratch = torch.empty(self._threads, -(-floats // 16) * 16 + 16)
+            self._tokens = grown
 
     def struct(self, rows: int, hidden: torch.Tensor, has_adapters: bool = False) -> bindings.Pass:
         plain = self._plain_rows(rows) if has_adapters and self._kind == Kind.INT8 else None

@@ -82,7 +82,7 @@ def pack_linear(weights: LinearWeights, kind: Kind) -> PackedLinear:
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight: fp32, padded. Returns uint8 of the same shape, 128 being zero, and scales (panels, groups, 32) bf16."""
     groups = weight.view(len(weight), -1, GROUP)
-    # Rounded up to bf16 before it is used: the step grows by 1 % at most, and the largest weight still fits.
+    # Rounded up to bf16 before it is used: the step grows by 1.2 % at most, and the largest weight still fits.
     scales = groups.abs().amax(dim=2).mul_((1 + 2**-7) / _ABSMAX_INT8).to(torch.bfloat16)
     steps = scales.float().clamp_min_(torch.finfo(torch.float32).tiny).unsqueeze(2)
     whole = groups.div(steps).round_().add_(128.0).to(torch.uint8)

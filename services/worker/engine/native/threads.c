@@ -19,16 +19,17 @@
 #define MOST_ROUNDS 8192
 /* Turns of waiting before a waiting thread offers its core to others at each further turn: some tens of microseconds. */
 #define EAGER_TURNS 1000
-/* An idle thread sleeps only after this long, which spans the pause between two steps: a thread that is woken is put beside
- * its waker as often as not, and then waits for the core that the waker has. */
-#define AWAKE_NS 4000000
+/* An idle thread sleeps only after this long, which spans the pause between two steps (6 ms where 16 tokens are drawn from
+ * whole vocabularies): a thread that is woken is put beside its waker as often as not, and then waits for the core that the
+ * waker has. */
+#define AWAKE_NS 10000000
 
 struct rh_team {
     rh_work work;
     void *argument;
     int threads;
     _Alignas(64) atomic_int arrived;
-    _Alignas(64) atomic_int phase;
+    _Alignas(64) atomic_uint phase;
     _Alignas(64) atomic_int taken[MOST_ROUNDS];
 };
 
@@ -38,6 +39,8 @@ static pthread_mutex_t one_run_at_a_time = PTHREAD_MUTEX_INITIALIZER;
  * run than the one that woke it: it takes part exactly if the word that it read says so, and then that run waits for it. */
 static atomic_int runs;
 static atomic_int sleepers;
+/* Threads of the last run: those beyond it sleep until that grows, whatever runs. */
+static atomic_int wanted = 1;
 static atomic_int finished;
 static int number;          /* of the last run; changes under the mutex, as does: */
 static int started = 1;     /* threads there are, the caller included */
@@ -71,14 +74,31 @@ static void *serve(void *argument) {
     const int thread = (int)(intptr_t)argument;
     for (int seen = 0;;) {
         seen = wait_for_run(seen);
-        if (thread >= (seen & 0xFF)) continue;
+        if (thread >= (seen & 0xFF)) {
+            const int count = atomic_load(&wanted);
+            if (thread >= count) futex(&wanted, FUTEX_WAIT_PRIVATE, count);
+            continue;
+        }
         team.work(team.argument, &team, thread);
         atomic_fetch_add_explicit(&finished, 1, memory_order_release);
     }
     return NULL;
 }
 
+/* A child of fork has none of its parent's threads. */
+static void forget_threads(void) {
+    started = 1;
+    number = 0;
+    atomic_store(&runs, 0);
+    atomic_store(&wanted, 1);
+    atomic_store(&sleepers, 0);
+    atomic_store(&team.arrived, 0);
+    pthread_mutex_init(&one_run_at_a_time, NULL);
+}
+
 static void start_threads(int threads) {
+    static int is_fork_watched;
+    if (!is_fork_watched && threads > 1) is_fork_watched = pthread_atfork(NULL, NULL, forget_threads) == 0;
     for (; started < threads; started++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, serve, (void *)(intptr_t)started) != 0) return;
@@ -95,6 +115,10 @@ void rh_run(int threads, rh_work work, void *argument) {
     team.argument = argument;
     memset((void *)team.taken, 0, sizeof team.taken);
     atomic_store_explicit(&finished, 1, memory_order_relaxed);
+    if (atomic_load(&wanted) != team.threads) {
+        atomic_store(&wanted, team.threads);
+        futex(&wanted, FUTEX_WAKE_PRIVATE, MOST_THREADS);
+    }
     if (team.threads > 1) {
         number = (number + 1) & 0x3FFFFF;
         atomic_store(&runs, number << 8 | team.threads);
@@ -108,7 +132,7 @@ void rh_run(int threads, rh_work work, void *argument) {
 
 void rh_barrier(rh_team *t) {
     if (t->threads == 1) return;
-    const int phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
+    const unsigned phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&t->arrived, 1, memory_order_acq_rel) == t->threads - 1) {
         atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&t->phase, phase + 1, memory_order_release);

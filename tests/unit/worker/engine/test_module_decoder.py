@@ -253,6 +253,8 @@ def test_a_type_that_cannot_be_served_rightly_is_refused_with_the_reason(tmp_pat
     [
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"experts_implementation": "sonicmoe"}, "experts_implementation"),
+        ({"text_config": [{"experts_implementation": "sonicmoe"}]}, "experts_implementation"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"model_type": "no_such_type"}, "no_such_type"),
         ({"model_type": None}, "transformers cannot load"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from services.worker.engine.native.panels import GROUP, pack_linear, padded
 from services.worker.engine.packing import PackedTokens, Span
 from services.worker.engine.spec import DecoderSpec, RopeSpec
 from services.worker.engine.torch_decoder import TorchDecoder
+from tests.unit.worker.engine.builders import make_engine, save_model, tiny_config
 
 LIBRARY = build.load_library()
 needs_kernels = pytest.mark.skipif(LIBRARY.library is None, reason=LIBRARY.reason or "kernels are there")
@@ -191,6 +194,74 @@ def test_a_neighbour_of_large_values_or_of_no_numbers_changes_no_bit(precision: 
 
 
 @needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_among_good_ones_shows_in_the_logits(
+    precision: str, activation: str, bad: float
+) -> None:
+    """Vector maxima and minima drop a NaN where their operands stand in the wrong order."""
+    spec = make_spec(activation=activation)
+    weights = RandomWeights(spec)
+    weights.embedding[7, 5] = bad
+    decoder = NativeDecoder(spec, weights, precision, 1)
+    hidden = forward(decoder, [1, 7, 2], Span(BLOCKS, 0, 3), pool=make_pool(spec, precision))
+    logits = decoder.logits(hidden)
+    assert torch.isfinite(logits[0]).all(), "the token before"
+    assert not torch.isfinite(logits[1]).any()
+    assert not torch.isfinite(logits[2]).any(), "the token after attends to it"
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_one_weight_that_is_no_number_shows_in_the_logits(precision: str, activation: str) -> None:
+    spec = make_spec(activation=activation, is_gated=False)
+    weights = RandomWeights(spec)
+    layer = weights.layer(0)
+    layer.mlp_in.weight[3, 2] = float("nan")
+    weights.layer = lambda index: layer if index == 0 else RandomWeights(spec).layer(index)  # type: ignore[method-assign]
+    decoder = NativeDecoder(spec, weights, precision, 1)
+    hidden = forward(decoder, TOKENS[:3], Span(BLOCKS, 0, 3), pool=make_pool(spec, precision))
+    assert not torch.isfinite(decoder.logits(hidden)).any()
+
+
+@needs_kernels
+def test_a_pass_that_found_no_memory_leaves_room_for_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec()
+    decoder, pool = native(spec), make_pool(spec)
+    expected = forward(native(spec), TOKENS[:70], Span(BLOCKS, 0, 70), pool=make_pool(spec))
+    real_empty, calls = torch.empty, iter(range(100))
+
+    def failing_empty(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            raise RuntimeError("can't allocate memory")
+        return real_empty(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "empty", failing_empty)
+    with pytest.raises(RuntimeError, match="allocate"):
+        forward(decoder, TOKENS[:140], Span(BLOCKS, 0, 140), pool=pool)
+    monkeypatch.undo()
+    assert torch.equal(forward(decoder, TOKENS[:70], Span(BLOCKS, 0, 70), pool=pool), expected)
+
+
+@needs_kernels
+def test_teams_of_changing_size_and_a_child_of_fork_compute_the_same() -> None:
+    spec = make_spec()
+    decoder, pool = native(spec), make_pool(spec)
+    expected = forward(decoder, TOKENS[:20], Span(BLOCKS, 0, 20), pool=pool)
+    for threads in (4, 1, 3, 2, 4, 2, 1, 4):
+        decoder.threads = threads
+        assert torch.equal(forward(decoder, TOKENS[:20], Span(BLOCKS, 0, 20), pool=pool), expected)
+    decoder.threads = 2
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(forward(decoder, TOKENS[:20], Span(BLOCKS, 0, 20), pool=pool), expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_kernels
 def test_what_a_block_held_before_never_counts() -> None:
     spec = make_spec()
     decoder, pool = native(spec), make_pool(spec)
@@ -260,15 +331,18 @@ def test_all_zero_weights_and_inputs_stay_zero_in_int8() -> None:
 
 
 @needs_kernels
-def test_structs_have_the_sizes_that_c_sees() -> None:
+def test_structs_of_another_size_are_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = [*bindings.Pass._fields_, ("more", ctypes.c_int64)]
+
     library = LIBRARY.library
     assert library is not None
-    structs = (
-        *(bindings.Linear, bindings.Layer, bindings.Decoder, bindings.Pass),
-        *(bindings.Lora, bindings.Adapter),
-    )
-    for number, struct in enumerate(structs):
-        assert library.rh_struct_bytes(number) == ctypes.sizeof(struct), struct.__name__
+    bindings.declare(library)
+    monkeypatch.setattr(bindings, "Pass", Longer)
+    with pytest.raises(OSError, match="files changed"):
+        bindings.declare(library)
+    monkeypatch.undo()
+    bindings.declare(library)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +385,15 @@ def test_a_machine_without_compiler_or_instructions_says_so(
     finally:
         monkeypatch.undo()
         build.load_library.cache_clear()
+
+
+def test_a_config_that_names_millions_of_positions_costs_no_memory_for_them(tmp_path: Path) -> None:
+    save_model(tmp_path, tiny_config())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 24}))
+    for kernels in ("auto", "torch"):
+        decoder = make_engine(tmp_path, kernels=kernels)._models["m"].decoder
+        assert isinstance(decoder.spec, DecoderSpec) and decoder.spec.max_positions == 256
 
 
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(

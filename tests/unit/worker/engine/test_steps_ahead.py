@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +211,15 @@ def test_preempted_sequences_keep_the_token_that_was_in_flight(tiny: TinyModel) 
     tokens = {key: (answer.tokens, answer.text) for key, answer in ahead.items()}
     assert tokens == {key: (answer.tokens, answer.text) for key, answer in plain.items()}
     assert 0 < max(preemptions.values()) <= 2
+
+
+def test_a_pass_that_nobody_waits_for_keeps_no_model_alive(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder, steps_ahead=1)
+    engine.add(make_request("a", [5, 6, 7], 20))
+    for _ in range(3):
+        engine.step()
+    decoder = weakref.ref(engine._models["m"].decoder)
+    engine.cancel("a")
+    engine.unload_model("m")
+    gc.collect()
+    assert decoder() is None

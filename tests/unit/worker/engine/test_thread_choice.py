@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
 
 from services.worker.engine.native.build import load_library
-from services.worker.engine.thread_choice import candidate_counts, choose_threads
+from services.worker.engine.thread_choice import (
+    available_cores,
+    candidate_counts,
+    choose_threads,
+    cores_within,
+)
 from tests.unit.worker.engine.builders import make_engine, make_request, run_all
 from tests.unit.worker.engine.conftest import TinyModel
 
@@ -41,4 +45,33 @@ def test_an_engine_that_was_told_no_number_measures_one_and_answers_the_same(tin
     measured, told = make_engine(tiny.folder, threads=0), make_engine(tiny.folder, threads=1)
     assert run_all(measured, [request])["a"].tokens == run_all(told, [request])["a"].tokens
     if load_library().library is not None:
-        assert measured._loader._measured_threads in candidate_counts(len(os.sched_getaffinity(0)))
+        assert measured._loader._measured_threads in candidate_counts(available_cores())
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("150000 100000", 2),
+        ("10000 100000", 1),
+        ("1600000 100000", 8),
+        ("", 8),
+        ("200000", 8),
+        ("200000 0", 8),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(quota: str, cores: int) -> None:
+    assert cores_within(quota, 8) == cores
+
+
+def test_torch_gets_one_thread_beside_the_kernels_and_all_where_it_computes_itself(tiny: TinyModel) -> None:
+    if load_library().library is None:
+        pytest.skip(load_library().reason)
+    try:
+        for kernels, threads in (("native", 1), ("torch", 2), ("native", 1)):
+            engine = make_engine(tiny.folder, kernels=kernels, threads=2)
+            run_all(engine, [make_request("a", [5, 6, 7], 2)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
