@@ -6,6 +6,7 @@ What a side is asked and answers is one line of JSON each; what it and its libra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -131,6 +132,9 @@ class Side:
                     raise self._failure(f"gave no answer within {timeout_s:.0f} s")
                 piece = os.read(pipe.fileno(), 1 << 20)
                 if not piece:
+                    # Its pipe closes before it has said why.
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(10)
                     raise self._failure("died")
                 line += piece
         reply: dict[str, Any] = json.loads(line)
