@@ -227,6 +227,19 @@ def test_one_weight_that_is_no_number_shows_in_the_logits(precision: str, activa
 
 
 @needs_kernels
+def test_an_earlier_tokens_key_that_is_no_number_shows_though_its_value_is_one() -> None:
+    """A score that is none must not become a weight of nearly 0."""
+    spec = make_spec()
+    decoder, pool = native(spec), make_pool(spec)
+    forward(decoder, TOKENS[:3], Span(BLOCKS, 0, 3), pool=pool)
+    pool.storage[0, 0, BLOCKS[0]].view(spec.kv_heads, -1)[:, 0] = float(
+        "nan"
+    )  # token 0, channel 0 of each head
+    hidden = forward(decoder, TOKENS[3:4], Span(BLOCKS, 3, 1), pool=pool)
+    assert not torch.isfinite(hidden).any()
+
+
+@needs_kernels
 def test_a_pass_that_found_no_memory_leaves_room_for_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = make_spec()
     decoder, pool = native(spec), make_pool(spec)
