@@ -44,6 +44,8 @@ class StubEngine:
         return ModelInfo(handle, 1, 65536, 1 << 20, ())
 
     def unload_model(self, handle: str) -> None:
+        if any(answer.request.model == handle for answer in self._answers.values()):
+            raise ValueError(f"model {handle} has sequences")
         with self._lock:
             self._models.discard(handle)
 

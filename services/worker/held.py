@@ -12,7 +12,7 @@ from opentelemetry.trace import Span
 
 from services.worker.engine import Delta, Sampling, SequenceRequest
 from services.worker.engine import TokenLogprob as EngineLogprob
-from services.worker.pull_policy import ModelKey
+from services.worker.pull_snapshot import ModelKey
 from services.worker.vectors import PLACES
 from shared.broker import Delivery
 from shared.messages import (
@@ -37,12 +37,14 @@ class HeldState(StrEnum):
 
     A first delivery goes from waiting to running at once, as attempt 1, while its claim is on the way (`is_granted` is
     false until the answer). If the owner wants another attempt, it goes back to granted.
+    A running job that gives way to others is paused, and runs again from the tokens that it has.
     """
 
     WAITING = "waiting"
     CLAIMING = "claiming"
     GRANTED = "granted"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHING = "finishing"
 
 
@@ -53,6 +55,11 @@ class ChoiceRecord:
     prior_tokens: list[int]
     deltas: list[TokenDelta] = field(default_factory=list)
     finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The answer so far."""
+        return self.prior_tokens + [token for delta in self.deltas for token in delta.tokens]
 
     @property
     def token_count(self) -> int:
@@ -83,6 +90,12 @@ class Held:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     vectors: list[bytes | None] = field(default_factory=list)
     """Of an `EmbedJob`, by input; None while it is not computed."""
+    inputs_to_begin: list[int] = field(default_factory=list)
+    """Of an `EmbedJob`: which of its inputs the engine was not given yet, the next one last."""
+    pauses: int = 0
+    paused_s: float = 0.0
+    began_s: float = 0.0
+    """When it last began, or went on, to run."""
     prefilled: set[int] = field(default_factory=set)
     received_unix_ns: int = field(default_factory=time.time_ns)
     swap_started_unix_ns: int | None = None
@@ -107,9 +120,21 @@ class Held:
             self.choices = [ChoiceRecord(list(tokens)) for tokens in prior_tokens or [[]] * self.job.choices]
         else:
             self.vectors = [None] * len(self.job.inputs)
+            self._list_inputs()
         self.prompt_logprobs = []
         self.prefilled = set()
         self.started_unix_ns = self.prefilled_unix_ns = self.first_token_unix_ns = None
+
+    def pause(self) -> None:
+        """running -> paused. What its sequences still report, on their way from the engine, is of an old run then."""
+        self.state = HeldState.PAUSED
+        self.pauses += 1
+        self.paused_s = time.monotonic()
+        self._list_inputs()
+
+    def _list_inputs(self) -> None:
+        open_inputs = [index for index, vector in enumerate(self.vectors) if vector is None]
+        self.inputs_to_begin = open_inputs[::-1]
 
     @property
     def completion_tokens(self) -> int:
@@ -117,8 +142,8 @@ class Held:
         return sum(choice.token_count for choice in self.choices)
 
     def sequence_id(self, index: int) -> str:
-        """Of a choice, or of an input to embed."""
-        return f"{self.job.job_id}/{self.attempt}/{index}"
+        """Of a choice, or of an input to embed; another one in each run."""
+        return f"{self.job.job_id}/{self.attempt}.{self.pauses}/{index}"
 
     def sequence_ids(self) -> list[str]:
         return [self.sequence_id(index) for index in range(len(self.choices) or len(self.vectors))]
@@ -130,10 +155,10 @@ class Held:
         return self.job.max_tokens * self.job.choices - self.completion_tokens
 
 
-def parse_sequence_id(sequence_id: str) -> tuple[str, int, int]:
-    """Return (job id, attempt, index of the choice or of the input)."""
-    job_id, attempt, choice = sequence_id.rsplit("/", 2)
-    return job_id, int(attempt), int(choice)
+def parse_sequence_id(sequence_id: str) -> tuple[str, int]:
+    """Return (job id, index of the choice or of the input)."""
+    job_id, _, index = sequence_id.rsplit("/", 2)
+    return job_id, int(index)
 
 
 def model_handle(key: ModelKey) -> str:
@@ -145,13 +170,18 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def first_requests(held: Held) -> list[SequenceRequest]:
-    """What a granted job begins with: all its choices, or the first of its inputs."""
+    """What a job begins with, or goes on with after a pause: all choices without an end, or the first of its inputs."""
     if isinstance(held.job, EmbedJob):
-        return [embed_request(held, held.job, index) for index in range(held.places)]
+        requests = (next_embed_request(held, held.job) for _ in range(held.places))
+        return [request for request in requests if request is not None]
     return _sequence_requests(held, held.job)
 
 
-def embed_request(held: Held, job: EmbedJob, index: int) -> SequenceRequest:
+def next_embed_request(held: Held, job: EmbedJob) -> SequenceRequest | None:
+    """For the next input that the engine was not given, or None when it has all."""
+    if not held.inputs_to_begin:
+        return None
+    index = held.inputs_to_begin.pop()
     return SequenceRequest(
         sequence_id=held.sequence_id(index),
         model=model_handle(held.model),
@@ -167,6 +197,8 @@ def _sequence_requests(held: Held, job: GenerateJob) -> list[SequenceRequest]:
     params = job.sampling
     requests = []
     for index, choice in enumerate(held.choices):
+        if choice.finish_reason is not None:
+            continue
         sampling = Sampling(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -192,8 +224,8 @@ def _sequence_requests(held: Held, job: GenerateJob) -> list[SequenceRequest]:
                 sampling=sampling,
                 stop=tuple(job.stop),
                 stop_token_ids=tuple(job.stop_token_ids),
-                prior_tokens=choice.prior_tokens,
-                echo_logprobs=params.echo_logprobs and index == 0,
+                prior_tokens=choice.tokens,
+                echo_logprobs=params.echo_logprobs and index == 0 and not held.prompt_logprobs,
             )
         )
     return requests
@@ -271,7 +303,7 @@ def finished_message(
         results.append(
             ChoiceResult(
                 index=index,
-                tokens=choice.prior_tokens + [token for delta in choice.deltas for token in delta.tokens],
+                tokens=choice.tokens,
                 text="".join(delta.text for delta in choice.deltas),
                 finish_reason=choice.finish_reason,  # type: ignore[arg-type]
                 logprobs=[item for delta in choice.deltas for item in delta.logprobs],

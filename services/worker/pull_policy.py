@@ -1,73 +1,24 @@
-"""What the worker does next with the jobs it holds: which it claims and starts, which model it loads or evicts.
+"""What the worker does next with the jobs it holds: which it claims, starts, pauses, which model it loads or evicts.
 
-Pure: a snapshot in, a plan out; asked again after every event, so it never has to remember anything.
+Pure: a snapshot in, a plan out; asked again after every event, so it never has to remember anything. Whose turn it is
+on the device is decided in `model_turns.py`, who gets a place in the batch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-CLOSE_AFTER_S = 1.0
-"""A model that must go for a waiting one takes no new jobs after this long: its quantum is over."""
+from services.worker.model_turns import QUANTUM_S, plan_turns
+from services.worker.pull_snapshot import ModelKey, RunningJob, Snapshot, WaitingJob
+
 PASSED_OVER_S = 1.0
 """A job of several sequences that has waited that long has places kept for it as they become free."""
-
-ModelKey = tuple[str, int]
-"""(model id, revision): a job names its revision and never gets another."""
-
-
-@dataclass(frozen=True, slots=True)
-class WaitingJob:
-    """A job that is not running: held (attempt 0), or granted and not yet started."""
-
-    job_id: str
-    model: ModelKey
-    work_class: Literal["live", "batch"]
-    sequences: int
-    waited_s: float
-    lane: int = 0
-    """Queue it came from; on a shared pool the lanes take turns by tokens."""
-    attempt: int = 0
-    claimable: bool = True
-    """False while its claim is out, or while its owner does not answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunningJob:
-    job_id: str
-    model: ModelKey
-    sequences: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSlot:
-    """A model on the device."""
-
-    state: Literal["loading", "ready", "evicting"]
-    weight_bytes: int
-    last_used_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    waiting: Sequence[WaitingJob]
-    """Oldest first."""
-    running: Sequence[RunningJob]
-    claimed_sequences: int
-    """Sequences of jobs whose claim is out: their places are spoken for."""
-    models: Mapping[ModelKey, ModelSlot]
-    sizes: Mapping[ModelKey, int]
-    """Weight bytes of the models that waiting jobs name; a model that is missing here cannot be loaded."""
-    lane_tokens: Mapping[int, int] = field(default_factory=dict)
-    """Tokens that each lane was served so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do now."""
+    """What to do now, in this order: pause, start, claim, evict, load."""
 
     claim: list[str]
     begin_at_once: bool
@@ -75,6 +26,7 @@ class Plan:
     start: list[str]
     load: list[ModelKey]
     evict: list[ModelKey]
+    pause: list[str]
 
 
 def may_start(attempt: int, running_attempts: Sequence[int], retried_waits: bool) -> bool:
@@ -95,77 +47,106 @@ def may_start(attempt: int, running_attempts: Sequence[int], retried_waits: bool
 def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> Plan:
     """Decide the next moves.
 
-    1. Granted jobs first, retried ones before fresh ones: each starts if `may_start` and its model is ready.
-    2. Held jobs are claimed while places are free: live before batch; among live ones the lane that was served the
-       fewest tokens, then the longest wait. Nothing is claimed while a retried job waits for its turn to run. What is
-       claimed may begin at once where a first attempt may start. A job that needs more places than are free is passed
+    1. Models come and go as `plan_turns` says; jobs of a model that goes are paused.
+    2. A full batch makes room as `_plan_pauses` says.
+    3. Granted jobs first, retried ones before fresh ones: each starts if `may_start` and its model is ready.
+    4. Held jobs are claimed, and paused ones go on, while places are free: live before batch; among live ones the lane
+       that was served the fewest tokens, then the longest wait. None while a retried job waits for its turn to run. What
+       is claimed may begin at once where a first attempt may start. A job that needs more places than are free is passed
        over, but after `PASSED_OVER_S` nothing behind it is claimed until it fits.
-    3. A held job whose model is absent asks for it: loaded if the memory allows, else the least recently used model
-       without work goes first. One load at a time, oldest job first.
-    4. If every resident model has work and the job has waited `CLOSE_AFTER_S`, the least recently used of them is
-       closed: its held jobs are not claimed, so that it runs out of work and can go.
     """
+    turns = plan_turns(snapshot, model_memory_bytes)  # 1
+    ready = {key for key, slot in snapshot.models.items() if slot.state == "ready"} - set(turns.evict)
     retried_waits = any(job.attempt > 1 for job in snapshot.waiting)
-    running_attempts = [job.attempt for job in snapshot.running]
-    ready = {key for key, slot in snapshot.models.items() if slot.state == "ready"}
+    running = [job for job in snapshot.running if job.job_id not in turns.pause]
+    chosen: list[WaitingJob] = []
+    pause = list(turns.pause)
+    if not retried_waits:
+        room = _plan_pauses(snapshot, running, ready, max_sequences)  # 2
+        pause += room
+        running = [job for job in running if job.job_id not in room]
+        chosen = _plan_places(snapshot, running, ready, max_sequences)  # 4
+    attempts = [job.attempt for job in running]
 
     start: list[str] = []
-    granted = [job for job in snapshot.waiting if job.attempt > 0 and job.model in ready]
-    for job in sorted(granted, key=lambda job: job.attempt == 1):  # 1
-        if may_start(job.attempt, running_attempts, retried_waits and job.attempt == 1):
+    granted = [
+        job for job in snapshot.waiting if job.attempt > 0 and not job.is_paused and job.model in ready
+    ]
+    for job in sorted(granted, key=lambda job: job.attempt == 1):  # 3
+        if may_start(job.attempt, attempts, retried_waits and job.attempt == 1):
             start.append(job.job_id)
-            running_attempts.append(job.attempt)
+            attempts.append(job.attempt)
 
-    load, evict, closed = _plan_models(snapshot, model_memory_bytes)  # 3, 4
-    claim = [] if retried_waits else _plan_claims(snapshot, ready - closed - set(evict), max_sequences)  # 2
-    begin_at_once = may_start(1, running_attempts, retried_waits)  # 2
-    return Plan(claim, begin_at_once, start, load, evict)
+    begin_at_once = may_start(1, attempts, retried_waits)  # 4
+    if begin_at_once:
+        start += [job.job_id for job in chosen if job.is_paused]
+    claim = [job.job_id for job in chosen if not job.is_paused]
+    return Plan(claim, begin_at_once, start, turns.load, turns.evict, pause)
 
 
-def _plan_claims(snapshot: Snapshot, usable: set[ModelKey], max_sequences: int) -> list[str]:
-    taken = sum(job.sequences for job in snapshot.running) + snapshot.claimed_sequences
-    taken += sum(job.sequences for job in snapshot.waiting if job.attempt > 0)
+def _taken(snapshot: Snapshot, running: Sequence[RunningJob]) -> int:
+    """Places that are filled or spoken for."""
+    taken = sum(job.sequences for job in running) + snapshot.claimed_sequences
+    return taken + sum(job.sequences for job in snapshot.waiting if job.attempt > 0 and not job.is_paused)
+
+
+def _may_take_place(job: WaitingJob, ready: set[ModelKey]) -> bool:
+    is_open = job.is_paused or (job.attempt == 0 and job.claimable)
+    return is_open and job.model in ready
+
+
+def _plan_places(
+    snapshot: Snapshot, running: Sequence[RunningJob], ready: set[ModelKey], max_sequences: int
+) -> list[WaitingJob]:
+    """Rule 4 of `plan`."""
+    taken = _taken(snapshot, running)
     order = sorted(
-        (job for job in snapshot.waiting if job.attempt == 0 and job.claimable and job.model in usable),
+        (job for job in snapshot.waiting if _may_take_place(job, ready)),
         key=lambda job: (job.work_class == "batch", snapshot.lane_tokens.get(job.lane, 0), -job.waited_s),
     )
-    claim = []
+    chosen = []
     for job in order:
         # A job with more choices than the batch has places still runs, alone.
         if taken + job.sequences <= max_sequences or taken == 0:
-            claim.append(job.job_id)
+            chosen.append(job)
             taken += job.sequences
         elif job.waited_s >= PASSED_OVER_S:
             break  # from now on places are kept for it
-    return claim
+    return chosen
 
 
-def _plan_models(
-    snapshot: Snapshot, budget_bytes: int
-) -> tuple[list[ModelKey], list[ModelKey], set[ModelKey]]:
-    if any(slot.state != "ready" for slot in snapshot.models.values()):
-        return [], [], set()
-    wanted = next(
-        (job for job in snapshot.waiting if job.model not in snapshot.models and job.model in snapshot.sizes),
-        None,
-    )
-    if wanted is None:
-        return [], [], set()
-    need = (
-        snapshot.sizes[wanted.model]
-        + sum(slot.weight_bytes for slot in snapshot.models.values())
-        - budget_bytes
-    )
-    if need <= 0 or not snapshot.models:
-        return [wanted.model], [], set()
-    busy = {job.model for job in snapshot.running} | {
-        job.model for job in snapshot.waiting if job.attempt > 0
-    }
-    busy |= {job.model for job in snapshot.waiting if not job.claimable}
-    by_use = sorted(snapshot.models, key=lambda key: snapshot.models[key].last_used_s)
-    idle = [key for key in by_use if key not in busy]
-    if idle:
-        return [], idle[:1], set()
-    if wanted.waited_s < CLOSE_AFTER_S:
-        return [], [], set()
-    return [], [], set(by_use[:1])
+def _plan_pauses(
+    snapshot: Snapshot, running: Sequence[RunningJob], ready: set[ModelKey], max_sequences: int
+) -> list[str]:
+    """Who leaves a full batch. Jobs that were in a crash are left alone.
+
+    1. Batch work, for each live job that finds no place, if that makes room enough: the youngest first, at once.
+    2. For a live job that has waited `QUANTUM_S` while nothing of its model runs: the youngest live job of the model with
+       the most sequences, if that leaves this model another. One at a time.
+    """
+    free = max_sequences - _taken(snapshot, running)
+    live = [job for job in snapshot.waiting if job.work_class == "live" and _may_take_place(job, ready)]
+    pause: list[str] = []
+    batch = [job for job in running if job.work_class == "batch" and job.attempt == 1]
+    batch.sort(key=lambda job: -job.ran_s)
+    for job in live:  # 1
+        if free + sum(each.sequences for each in batch) < job.sequences:
+            break
+        while free < job.sequences:
+            youngest = batch.pop()
+            pause.append(youngest.job_id)
+            free += youngest.sequences
+        free -= job.sequences
+    if pause or free > 0:
+        return pause
+    served = {job.model for job in running}
+    if all(job.model in served or job.waited_s < QUANTUM_S for job in live):
+        return pause
+    jobs_of: dict[ModelKey, list[RunningJob]] = {}
+    for running_job in running:
+        if running_job.attempt == 1:
+            jobs_of.setdefault(running_job.model, []).append(running_job)
+    crowd = max(jobs_of.values(), key=lambda jobs: sum(job.sequences for job in jobs), default=[])
+    if len(crowd) > 1:  # 2
+        pause.append(min(crowd, key=lambda job: job.ran_s).job_id)
+    return pause

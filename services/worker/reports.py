@@ -65,7 +65,7 @@ class Reporter:
     async def report(self) -> None:
         """Send one report; while the broker is away there is nobody to read it."""
         held = self._held()
-        running = [each for each in held if each.state is HeldState.RUNNING]
+        running = [each for each in held if each.state in (HeldState.RUNNING, HeldState.PAUSED)]
         report = WorkerReport(
             worker_id=self._spec.worker_id,
             resource_id=self._spec.resource_id,

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ import structlog
 
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
-from services.worker.pull_policy import ModelKey, ModelSlot
+from services.worker.pull_snapshot import ModelKey, ModelSlot
 from shared.messages import ModelRef, ResidentModel
 from shared.model_folder import ModelManifest
 
@@ -40,6 +40,7 @@ class _Resident:
     state: State
     weight_bytes: int
     last_used_s: float
+    work_since_s: float | None = None
     failed_s: float = 0.0
     reason: str = ""
 
@@ -53,14 +54,42 @@ class Residency:
         self._factor = _BYTES_FACTOR[precision]
         self._models: dict[ModelKey, _Resident] = {}
         self._sizes: dict[ModelKey, int] = {}
+        self._swap_s: dict[ModelKey, float] = {}
 
     def slots(self) -> dict[ModelKey, ModelSlot]:
         """Models that take memory now."""
+        now_s = time.monotonic()
         return {
-            key: ModelSlot(model.state, model.weight_bytes, model.last_used_s)
+            key: ModelSlot(
+                model.state,
+                model.weight_bytes,
+                model.last_used_s,
+                0.0 if model.work_since_s is None else now_s - model.work_since_s,
+            )
             for key, model in self._models.items()
             if model.state != "failed"
         }
+
+    def note_work(self, keys: Collection[ModelKey]) -> None:
+        """These models have jobs at the moment: their turn has begun, or goes on; that of the others is over."""
+        now_s = time.monotonic()
+        for key, model in self._models.items():
+            if model.state != "ready" or key not in keys:
+                model.work_since_s = None
+            elif model.work_since_s is None:
+                model.work_since_s = now_s
+
+    def swap_costs(self, keys: Collection[ModelKey]) -> dict[ModelKey, float]:
+        """How long the last load of each took; of one that was never loaded, what its size suggests."""
+        measured_bytes = sum(self._sizes[key] for key in self._swap_s)
+        s_per_byte = sum(self._swap_s.values()) / measured_bytes if measured_bytes else None
+        costs: dict[ModelKey, float] = {}
+        for key in keys:
+            if key in self._swap_s:
+                costs[key] = self._swap_s[key]
+            elif s_per_byte is not None:
+                costs[key] = self._sizes[key] * s_per_byte
+        return costs
 
     def report(self) -> list[ResidentModel]:
         return [
@@ -95,7 +124,7 @@ class Residency:
         return self._sizes
 
     def mark_failed(self, key: ModelKey, reason: str) -> None:
-        self._models[key] = _Resident("failed", 0, 0.0, time.monotonic(), reason)
+        self._models[key] = _Resident("failed", 0, 0.0, failed_s=time.monotonic(), reason=reason)
 
     async def load(self, ref: ModelRef) -> None:
         """absent -> loading -> ready. Raises `ModelUnavailable` and leaves it `failed`."""
@@ -115,6 +144,7 @@ class Residency:
             raise ModelUnavailable(reason) from error
         self._sizes[key] = info.weight_bytes
         self._models[key] = _Resident("ready", info.weight_bytes, time.monotonic())
+        self._swap_s[key] = time.monotonic() - started_s
         log.info(
             "model_loaded",
             model_id=key[0],

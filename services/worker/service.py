@@ -15,15 +15,15 @@ from typing import Literal
 import msgspec
 import structlog
 
-from services.worker import pull_policy
+from services.worker import pull_policy, pull_snapshot
 from services.worker.engine import Delta, EngineRefusal, StepReport
 from services.worker.engine_thread import EnginePort, EngineThread
 from services.worker.held import (
     Held,
     HeldState,
-    embed_request,
     finished_message,
     first_requests,
+    next_embed_request,
     parse_sequence_id,
     repeated,
     reported_usage,
@@ -34,7 +34,7 @@ from services.worker.held import (
 )
 from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
 from services.worker.owners import Owners
-from services.worker.pull_policy import ModelKey, RunningJob, Snapshot, WaitingJob
+from services.worker.pull_snapshot import ModelKey, RunningJob, Snapshot, WaitingJob
 from services.worker.reports import Reporter
 from services.worker.residency import ModelUnavailable, Residency
 from services.worker.settings import WorkerSettings
@@ -240,6 +240,8 @@ class Worker:
                 max_sequences=self.spec.max_batch,
                 model_memory_bytes=self._settings.model_memory_bytes,
             )
+            for job_id in plan.pause:
+                self._pause(self._held[job_id])
             for job_id in plan.start:
                 self._start(self._held[job_id])
             if self.phase == "ready":
@@ -256,7 +258,8 @@ class Worker:
         for held in list(self._held.values()):
             if held.state in (HeldState.RUNNING, HeldState.FINISHING):
                 continue
-            if held.job.deadline_unix_ms <= now_unix_ms:
+            is_paused = held.state is HeldState.PAUSED  # it is its owner's to end, as if it ran
+            if held.job.deadline_unix_ms <= now_unix_ms and not is_paused:
                 self._end(held, "expired", "deadline_exceeded", "the deadline passed before the job ran")
                 continue
             try:
@@ -265,7 +268,7 @@ class Worker:
                 self._residency.mark_failed(held.model, str(error))
             # Only after the grant: the owner takes an end from nobody else.
             reason = self._residency.failure(held.model)
-            if reason is not None and held.state is HeldState.GRANTED:
+            if reason is not None and held.state in (HeldState.GRANTED, HeldState.PAUSED):
                 self._end(held, "failed", "model_unavailable", reason)
 
     def _snapshot(self) -> Snapshot:
@@ -276,31 +279,37 @@ class Worker:
         }
         for held in self._held.values():
             match held.state:
-                case HeldState.WAITING | HeldState.GRANTED:
+                case HeldState.WAITING | HeldState.GRANTED | HeldState.PAUSED:
                     waiting.append(_waiting_job(held, now_s))
                 case HeldState.CLAIMING:
                     claimed += held.places
                     waiting.append(_waiting_job(held, now_s))
                 case HeldState.RUNNING:
-                    running.append(RunningJob(held.job.job_id, held.model, held.places, held.attempt))
+                    running.append(_running_job(held, now_s))
+        self._residency.note_work(
+            {job.model for job in waiting if job.claimable or job.attempt > 0}
+            | {job.model for job in running}
+        )
         models = self._residency.slots()
         for key in failed:
             # A failed model counts as ready, so that its jobs are claimed and then told why.
-            models.setdefault(key, pull_policy.ModelSlot("ready", 0, now_s))
+            models.setdefault(key, pull_snapshot.ModelSlot("ready", 0, now_s))
         sizes = {key: size for key, size in self._residency.sizes().items() if key not in failed}
-        return Snapshot(waiting, running, claimed, models, sizes, self._lane_tokens)
+        swap_s = self._residency.swap_costs(sizes)
+        return Snapshot(waiting, running, claimed, models, sizes, self._lane_tokens, swap_s)
 
     async def _load(self, key: ModelKey) -> None:
         waiting = [held for held in self._held.values() if held.model == key]
         if not waiting:
             return
-        for held in waiting:
+        unbegun = [held for held in waiting if held.started_unix_ns is None]
+        for held in unbegun:
             held.swap_started_unix_ns = time.time_ns()
         try:
             await self._residency.load(waiting[0].job.model)
         except ModelUnavailable:
             pass  # remembered as failed; `_drop_unservable` tells the jobs
-        for held in waiting:
+        for held in unbegun:
             held.swap_ended_unix_ns = time.time_ns()
         self._wake.set()
 
@@ -385,7 +394,7 @@ class Worker:
         held = self._unanswered(granted.job_id, granted.claim_id)
         if held is None:
             return
-        begun = held.state in (HeldState.RUNNING, HeldState.FINISHING)
+        begun = held.state in (HeldState.RUNNING, HeldState.PAUSED, HeldState.FINISHING)
         if not begun or granted.attempt != held.attempt:
             # Another attempt than the one begun here: what that one did counts for nothing.
             self._stop_sequences(held)
@@ -437,33 +446,47 @@ class Worker:
 
     def _start(self, held: Held) -> None:
         held.state = HeldState.RUNNING
-        held.started_unix_ns = time.time_ns()
+        held.began_s = time.monotonic()
         self._residency.touch(held.model)
-        self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + held.job.input_token_count
+        if held.started_unix_ns is None:
+            held.started_unix_ns = time.time_ns()
+            self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + held.job.input_token_count
         for request in first_requests(held):
             self._engine.add(request)
 
-    def _on_refused(self, sequence_id: str, refusal: EngineRefusal) -> None:
-        job_id, attempt, _ = parse_sequence_id(sequence_id)
+    def _pause(self, held: Held) -> None:
+        """Its sequences leave the engine before the next step; `_start` goes on from the tokens that were published."""
+        self._stop_sequences(held)
+        held.pause()
+        self._residency.touch(held.model)
+        log.info("job_paused", job_id=held.job.job_id, model_id=held.model[0], pauses=held.pauses)
+
+    def _of_this_run(self, sequence_id: str) -> tuple[Held, int] | None:
+        """The job, and the index of its choice or input; None for what an earlier attempt or run of it did."""
+        job_id, index = parse_sequence_id(sequence_id)
         held = self._held.get(job_id)
-        if held is not None and held.attempt == attempt and held.state is HeldState.RUNNING:
+        return None if held is None or held.sequence_id(index) != sequence_id else (held, index)
+
+    def _on_refused(self, sequence_id: str, refusal: EngineRefusal) -> None:
+        found = self._of_this_run(sequence_id)
+        if found is not None and found[0].state is HeldState.RUNNING:
+            held, _ = found
             self._stop_sequences(held)
             self._end(held, "failed", refusal.code, str(refusal))
 
     def _on_report(self, report: StepReport) -> None:
         now_unix_ns = time.time_ns()
         for sequence_id in report.prefilled:
-            job_id, attempt, choice = parse_sequence_id(sequence_id)
-            held = self._held.get(job_id)
-            if held is not None and held.attempt == attempt:
+            if (found := self._of_this_run(sequence_id)) is not None:
+                held, choice = found
                 held.prefilled.add(choice)
                 if held.choices:  # an embedding is nothing but prefill, up to its last input
                     held.prefilled_unix_ns = held.prefilled_unix_ns or now_unix_ns
         for delta in report.deltas:
-            job_id, attempt, choice = parse_sequence_id(delta.sequence_id)
-            held = self._held.get(job_id)
-            if held is None or held.attempt != attempt or held.state is not HeldState.RUNNING:
+            found = self._of_this_run(delta.sequence_id)
+            if found is None or found[0].state is not HeldState.RUNNING:
                 continue
+            held, choice = found
             if delta.error is not None:
                 self._stop_sequences(held)
                 self._end(held, "failed", "generation_failed", delta.error)
@@ -493,9 +516,8 @@ class Worker:
             self._stop_sequences(held)
             self._end(held, "failed", refusal.code, str(refusal))
             return
-        begun = held.places + sum(vector is not None for vector in held.vectors)
-        if begun <= len(job.inputs):
-            self._engine.add(embed_request(held, job, begun - 1))
+        if (request := next_embed_request(held, job)) is not None:
+            self._engine.add(request)
         if None not in held.vectors:
             self._end(held, "succeeded", None, None)
 
@@ -638,8 +660,20 @@ def _waiting_job(held: Held, now_s: float) -> WaitingJob:
         model=held.model,
         work_class=work_class,
         sequences=held.places,
-        waited_s=now_s - held.received_s,
+        waited_s=now_s - (held.paused_s or held.received_s),
         lane=held.lane,
         attempt=held.attempt,
         claimable=claimable,
+        is_paused=held.state is HeldState.PAUSED,
+    )
+
+
+def _running_job(held: Held, now_s: float) -> RunningJob:
+    return RunningJob(
+        job_id=held.job.job_id,
+        model=held.model,
+        sequences=held.places,
+        attempt=held.attempt,
+        work_class=held.job.work_class,
+        ran_s=now_s - held.began_s,
     )

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -46,9 +47,9 @@ class Path_:
     voids: list[JobVoided]
     workers: list[WorkerProcess] = field(default_factory=list)
 
-    def worker(self, **options: float) -> WorkerProcess:
+    def worker(self, **options: Any) -> WorkerProcess:
         log = self.folder / f"worker{len(self.workers)}.log"
-        started = WorkerProcess(self.amqp_url, self.store, self.resource_id, log, **options).start()  # type: ignore[arg-type]
+        started = WorkerProcess(self.amqp_url, self.store, self.resource_id, log, **options).start()
         self.workers.append(started)
         return started
 

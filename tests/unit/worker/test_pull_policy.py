@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.worker.pull_policy import (
-    CLOSE_AFTER_S,
-    PASSED_OVER_S,
-    ModelSlot,
-    Plan,
-    RunningJob,
-    Snapshot,
-    WaitingJob,
-    may_start,
-    plan,
-)
+from services.worker.model_turns import QUANTUM_S
+from services.worker.pull_policy import PASSED_OVER_S, Plan, may_start, plan
+from services.worker.pull_snapshot import ModelSlot, RunningJob, Snapshot, WaitingJob
 
 A, B, C = ("a", 1), ("b", 1), ("c", 1)
 GB = 1 << 30
@@ -129,40 +121,65 @@ def test_a_third_attempt_starts_alone() -> None:
     assert decide(waiting=jobs[:1], running=[running("r")]).start == []
 
 
-def test_an_absent_model_is_loaded_into_free_memory() -> None:
-    decided = decide(waiting=[waiting("j", model=B)])
-    assert (decided.load, decided.evict, decided.claim) == ([B], [], [])
+def test_jobs_of_a_model_that_goes_are_paused_and_not_claimed() -> None:
+    models = {A: ready(), B: ModelSlot("ready", GB, 0.0, QUANTUM_S)}
+    held = [waiting("c", model=C), waiting("b", model=B), waiting("a", model=A)]
+    decided = decide(waiting=held, running=[running("rb", B), running("ra", A)], models=models)
+    assert (decided.evict, decided.pause, decided.claim) == ([B], ["rb"], ["a"])
 
 
-def test_one_model_is_loaded_at_a_time() -> None:
-    models = {A: ModelSlot("loading", GB, 0)}
-    assert decide(waiting=[waiting("j", model=B)], models=models).load == []
+def test_a_paused_job_goes_on_when_there_is_a_place_and_is_not_claimed_again() -> None:
+    paused = waiting("p", attempt=1, is_paused=True)
+    assert (decide(waiting=[paused]).start, decide(waiting=[paused]).claim) == (["p"], [])
+    assert decide(waiting=[paused], running=[running("r", sequences=4)]).start == []
+    assert decide(waiting=[paused], models={}).start == []
+    assert decide(waiting=[paused], running=[running("r", attempt=2)]).start == []
 
 
-def test_the_least_recently_used_idle_model_makes_room() -> None:
-    models = {A: ready(5.0), B: ready(3.0)}
-    decided = decide(waiting=[waiting("j", model=C)], models=models)
-    assert (decided.evict, decided.load) == ([B], [])
+def test_a_paused_job_keeps_no_place_while_its_model_is_away() -> None:
+    held = [waiting("p", model=B, sequences=4, attempt=1, is_paused=True), waiting("j")]
+    assert decide(waiting=held).claim == ["j"]
 
 
-def test_a_model_with_work_is_never_evicted_but_closed_when_its_quantum_is_over() -> None:
-    models = {A: ready(5.0), B: ready(3.0)}
-    busy = [running("ra", A), running("rb", B)]
-    patient = [
-        waiting("j", model=C, waited_s=CLOSE_AFTER_S / 2),
-        waiting("k", model=B),
-        waiting("l", model=A),
-    ]
-    decided = decide(waiting=patient, models=models, running=busy)
-    assert (decided.evict, sorted(decided.claim)) == ([], ["k", "l"])
-    overdue = [waiting("j", model=C, waited_s=CLOSE_AFTER_S), waiting("k", model=B), waiting("l", model=A)]
-    decided = decide(waiting=overdue, models=models, running=busy)
-    assert (decided.evict, decided.claim) == ([], ["l"])
+def batch(job_id: str, ran_s: float, sequences: int = 1) -> RunningJob:
+    return RunningJob(job_id, A, sequences, 1, "batch", ran_s)
 
 
-def test_a_model_of_unknown_size_is_not_loaded() -> None:
-    assert decide(waiting=[waiting("j", model=("gone", 1))]).load == []
+@pytest.mark.parametrize(
+    ("held", "ran", "paused", "claimed"),
+    [
+        ([waiting("j")], [batch("b1", 5.0), batch("b2", 1.0), running("r", sequences=2)], ["b2"], ["j"]),
+        ([waiting("j", sequences=2)], [batch("b1", 5.0, 3), batch("b2", 1.0)], ["b2", "b1"], ["j"]),
+        ([waiting("j", sequences=3)], [batch("b1", 5.0), running("r", sequences=3)], [], []),
+        ([waiting("j", work_class="batch")], [batch("b1", 5.0, 4)], [], []),
+        ([waiting("j")], [batch("b1", 5.0, 3)], [], ["j"]),
+        ([waiting("j")], [RunningJob("b", A, 4, 2, "batch")], [], []),
+    ],
+)
+def test_batch_work_yields_its_places_to_live_work_at_once(
+    held: list[WaitingJob], ran: list[RunningJob], paused: list[str], claimed: list[str]
+) -> None:
+    decided = decide(waiting=held, running=ran)
+    assert (decided.pause, decided.claim) == (paused, claimed)
 
 
-def test_a_model_over_the_whole_budget_is_loaded_into_an_empty_device() -> None:
-    assert decide(waiting=[waiting("j", model=B)], models={}, sizes={B: 9 * GB}).load == [B]
+@pytest.mark.parametrize(
+    ("waited_s", "beside", "paused"),
+    [
+        (QUANTUM_S, [], ["r4"]),
+        (QUANTUM_S - 0.1, [], []),
+        (QUANTUM_S, [running("rb", B)], []),
+    ],
+)
+def test_a_full_batch_gives_a_place_to_a_model_that_has_none(
+    waited_s: float, beside: list[RunningJob], paused: list[str]
+) -> None:
+    crowd = [RunningJob(f"r{i}", A, 1, 1, "live", 9.0 - i) for i in range(5 - len(beside))]
+    models = {A: ready(), B: ready()}
+    decided = decide(
+        max_sequences=5,
+        waiting=[waiting("j", model=B, waited_s=waited_s)],
+        running=crowd + beside,
+        models=models,
+    )
+    assert (decided.pause, decided.claim) == (paused, ["j"] if paused else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,32 @@ def test_a_swapped_model_answers_as_in_a_fresh_process(
         engine.unload_model("other")
         # Then
         assert run_all(engine, requests) == fresh
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_answers_cut_off_by_a_swap_go_on_as_if_unbroken(
+    tiny: TinyModel, sibling: Path, precision: str
+) -> None:
+    """As the worker pauses jobs: cancelled, and later added again with the tokens they had."""
+    requests = [make_request(str(number), prompt, 24) for number, prompt in enumerate(PROMPTS)]
+    whole = run_all(make_engine(tiny.folder, precision=precision), requests)
+    engine = make_engine(tiny.folder, precision=precision)
+    had: dict[str, list[int]] = {request.sequence_id: [] for request in requests}
+    for _ in range(2):
+        for request in requests:
+            engine.add(replace(request, prior_tokens=tuple(had[request.sequence_id])))
+        for _ in range(8):
+            for delta in engine.step().deltas:
+                assert delta.token_start == len(had[delta.sequence_id])
+                had[delta.sequence_id] += delta.tokens
+        for request in requests:
+            engine.cancel(request.sequence_id)
+        engine.unload_model("m")
+        engine.load_model("other", sibling)
+        engine.unload_model("other")
+        engine.load_model("m", tiny.folder)
+    resumed = [replace(request, prior_tokens=tuple(had[request.sequence_id])) for request in requests]
+    rest = run_all(engine, resumed)
+    assert {name: had[name] + list(answer.tokens) for name, answer in rest.items()} == {
+        name: list(answer.tokens) for name, answer in whole.items()
+    }
