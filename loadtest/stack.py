@@ -45,6 +45,7 @@ class Stack:
     model: str
     resource_id: str
     database_url: str
+    amqp_url: str
     management_url: str
     _environment: dict[str, str]
     _folder: Path
@@ -139,6 +140,7 @@ def running_stack() -> Iterator[Stack]:
                 f"load/{BASE_NAME}",
                 new_id("res"),
                 database_url,
+                amqp_url,
                 servers.amqp_management_url,
                 environment,
                 folder,
