@@ -78,6 +78,7 @@ def charge_due(
         job_id=job_id,
         resource_id=source.resource_id,
         trace_id=trace_id,
+        corrects_key=None if first else f"tokens:{job_id}",
     )
 
 

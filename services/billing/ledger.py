@@ -39,6 +39,8 @@ class Charge:
     place: int | None = None
     hour: datetime | None = None
     trace_id: str | None = None
+    corrects_key: str | None = None
+    """Of a correction: the unique key of the transaction that it corrects, which is in the ledger already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,12 @@ async def post(connection: Connection, charges: Sequence[Charge]) -> list[str]:
     await connection.execute(
         """
         INSERT INTO billing.transactions
-            (transaction_id, unique_key, kind, team_id, job_id, resource_id, place, hour, words, trace_id)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[],
-                             $8::timestamptz[], $9::text[], $10::text[])
+            (transaction_id, unique_key, kind, team_id, job_id, resource_id, place, hour, words, trace_id, corrects)
+        SELECT transaction_id, unique_key, kind, team_id, job_id, resource_id, place, hour, words, trace_id,
+               (SELECT t.transaction_id FROM billing.transactions t WHERE t.unique_key = x.corrects_key)
+        FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::int[],
+                    $8::timestamptz[], $9::text[], $10::text[], $11::text[])
+            x (transaction_id, unique_key, kind, team_id, job_id, resource_id, place, hour, words, trace_id, corrects_key)
         """,
         ids,
         [charge.unique_key for charge in charges],
@@ -78,6 +83,7 @@ async def post(connection: Connection, charges: Sequence[Charge]) -> list[str]:
         [charge.hour for charge in charges],
         [charge.words for charge in charges],
         [charge.trace_id for charge in charges],
+        [charge.corrects_key for charge in charges],
     )
     await connection.execute(
         """

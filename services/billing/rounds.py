@@ -98,11 +98,11 @@ def minute_charge(posting: MinutePosting) -> Charge:
     """The ledger transaction for a posting. Pure."""
     key = posting.key
     hour = from_unix_us(key.hour_us)
+    name = f"minutes:{key.resource_id}:{key.place}:{hour:%Y-%m-%dT%HZ}:{key.hourly_rate_nanousd}"
+    gives_back = posting.difference_nanousd < 0
     return Charge(
-        unique_key=(
-            f"minutes:{key.resource_id}:{key.place}:{hour:%Y-%m-%dT%HZ}:{key.hourly_rate_nanousd}:{posting.posting_no}"
-        ),
-        kind="minutes" if posting.difference_nanousd > 0 else "correction",
+        unique_key=f"{name}:{posting.posting_no}",
+        kind="correction" if gives_back else "minutes",
         team_id=posting.team_id,
         revenue_account=ledger.REVENUE_MINUTES,
         amount_nanousd=posting.difference_nanousd,
@@ -110,6 +110,7 @@ def minute_charge(posting: MinutePosting) -> Charge:
         resource_id=key.resource_id,
         place=key.place,
         hour=hour,
+        corrects_key=f"{name}:1" if gives_back else None,
     )
 
 

@@ -33,6 +33,7 @@ DELETES = {
     "billing.command_results",
 }
 BILLING_UPDATES = {"billing.requests", "billing.minute_charges"}
+KEPT_BY_TRIGGERS = {"billing.balances"}
 FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
 
 
@@ -74,6 +75,8 @@ def _expected(role: str, relation: str) -> set[str]:
         return {"SELECT"} if owner == "audit" or relation not in FOR_AUDIT_ALONE else set()
     if schema != owner:
         return set()
+    if relation in KEPT_BY_TRIGGERS:
+        return {"SELECT"}
     rights = {"SELECT", "INSERT"}
     if owner != "billing" or relation in BILLING_UPDATES:
         rights.add("UPDATE")
@@ -393,13 +396,88 @@ async def test_what_is_booked_later_has_to_balance_too(connection: Connection, a
     assert await attempt(connection, _ENTRY, "revenue:minutes", 1) == CHECK_VIOLATION
 
 
+async def test_a_posted_transaction_gets_no_more_entries_even_if_they_sum_to_zero(database: str) -> None:
+    opened = await asyncpg.connect(database)
+    try:
+        await opened.execute(
+            "INSERT INTO billing.accounts VALUES ('team:later', 'later', 'team'), ('revenue:one', NULL, 'revenue'), "
+            "('revenue:two', NULL, 'revenue'), ('team:later2', 'later2', 'team')"
+        )
+        await opened.execute(
+            _booking(("team:later", -5), ("revenue:one", 5))
+            .replace("txn_1", "txn_later")
+            .replace("job_1", "later")
+        )
+        more = (
+            "INSERT INTO billing.entries VALUES ('txn_later', 'team:later2', 3::bigint), "
+            "('txn_later', 'revenue:two', -3::bigint)"
+        )
+        assert await attempt(opened, more) == RESTRICT_VIOLATION
+    finally:
+        await opened.close()
+
+
+_CORRECTION = """WITH header AS (
+    INSERT INTO billing.transactions (transaction_id, unique_key, kind, team_id, words, corrects)
+    VALUES ('txn_2', 'tokens:job_1:1', 'correction', $1, 'words', $2))
+    INSERT INTO billing.entries VALUES ('txn_2', 'team:a', 5::bigint), ('txn_2', 'revenue:tokens', -5::bigint)"""
+
+
+@pytest.mark.parametrize(
+    ("team", "corrects", "refusal"),
+    [
+        ("a", "txn_1", None),
+        ("a", None, CHECK_VIOLATION),
+        ("a", "txn_none", "23503"),
+        ("b", "txn_1", CHECK_VIOLATION),
+        ("a", "txn_2", CHECK_VIOLATION),
+    ],
+)
+async def test_a_correction_names_a_transaction_of_the_same_team(
+    connection: Connection, accounts: None, team: str, corrects: str | None, refusal: str | None
+) -> None:
+    await connection.execute(_booking(("team:a", -5), ("revenue:tokens", 5)))
+    assert await attempt(connection, _CORRECTION, team, corrects) == refusal
+
+
+async def test_a_balance_that_no_bigint_can_hold_is_refused_and_nothing_is_booked(
+    connection: Connection, accounts: None
+) -> None:
+    half = _booking(("team:a", -(2**62)), ("revenue:tokens", 2**62))
+    rest = half.replace("txn_1", "txn_2").replace("job_1", "job_2")
+    over = half.replace("txn_1", "txn_3").replace("job_1", "job_3")
+    assert await attempt(connection, half) is None
+    assert await attempt(connection, rest) is None  # -2^63, the last one that fits
+    assert await attempt(connection, over) == "22003"
+    assert await connection.fetchval("SELECT count(*) FROM billing.transactions") == 2
+    balance = await connection.fetchval("SELECT balance_nanousd FROM billing_api.balances_v1")
+    assert balance == -(2**63)
+
+
+async def test_a_balance_changes_with_its_entries_alone(connection: Connection, accounts: None) -> None:
+    await connection.execute(_booking(("team:a", -5), ("revenue:tokens", 5)))
+    for change in (
+        "UPDATE billing.balances SET balance_nanousd = 0",
+        "DELETE FROM billing.balances",
+        "INSERT INTO billing.balances VALUES ('revenue:tokens', 1, 1)",
+    ):
+        assert await attempt(connection, change) == RESTRICT_VIOLATION, change
+
+
+@pytest.mark.parametrize(
+    "table", ["prices", "usage_events", "transactions", "entries", "accounts", "balances"]
+)
+async def test_money_and_facts_are_never_emptied(connection: Connection, table: str) -> None:
+    assert await attempt(connection, f"TRUNCATE billing.{table} CASCADE") == RESTRICT_VIOLATION
+
+
 async def test_a_charge_is_booked_once(connection: Connection, accounts: None) -> None:
     assert await attempt(connection, _booking(("team:a", -5), ("revenue:tokens", 5))) is None
     again = _booking(("team:a", -5), ("revenue:tokens", 5)).replace("txn_1", "txn_2")
     assert await attempt(connection, again) == UNIQUE_VIOLATION
 
 
-@pytest.mark.parametrize("table", ["prices", "usage_events", "transactions", "entries"])
+@pytest.mark.parametrize("table", ["prices", "usage_events", "transactions", "entries", "accounts"])
 async def test_money_and_facts_are_append_only_even_for_the_owner_of_the_database(
     connection: Connection, accounts: None, table: str
 ) -> None:

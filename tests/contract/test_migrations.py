@@ -27,7 +27,7 @@ _EVERYTHING = """
     UNION ALL
     SELECT 'column', attrelid::regclass || '.' || attname || ' ' || format_type(atttypid, atttypmod) || attnotnull
         FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname !~ '^pg_|^information_schema$' AND c.relname !~ '^schema_migrations' AND attnum > 0
+        WHERE n.nspname !~ '^pg_|^information_schema$' AND c.relname !~ '^schema_migrations' AND attnum > 0 AND NOT attisdropped
     UNION ALL
     SELECT 'function', n.nspname || '.' || p.proname
         FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace

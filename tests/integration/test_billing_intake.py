@@ -124,10 +124,17 @@ async def test_a_late_void_posts_the_difference_as_one_correction(database: str)
             "SELECT unique_key, kind, amount_nanousd FROM billing_api.ledger_v1 "
             "WHERE account_id = 'team:team_a' ORDER BY transaction_id"
         )
+        corrected = await stand.admin.fetch(
+            "SELECT c.unique_key, t.unique_key FROM billing.transactions c "
+            "JOIN billing.transactions t ON t.transaction_id = c.corrects"
+        )
+        balance = await stand.admin.fetchval("SELECT balance_nanousd FROM billing_api.balances_v1")
     assert [tuple(row) for row in rows] == [
         ("tokens:job_1", "tokens", -1400),
         ("tokens:job_1:1", "correction", 900),
     ]
+    assert [tuple(row) for row in corrected] == [("tokens:job_1:1", "tokens:job_1")]
+    assert balance == -500
 
 
 async def test_dedicated_work_is_recorded_and_not_charged_by_the_token(database: str) -> None:
