@@ -175,7 +175,6 @@ def _bounded(
     elif wanted < count:
         why += f", cut to the maximum of {bounds.max_count}"
     if snapshot.scale_up_blocked is not None and wanted > snapshot.wanted_now:
-        # Not above the maximum either: what was wanted may stem from before it was lowered.
-        wanted = min(snapshot.wanted_now, bounds.max_count)
+        wanted = snapshot.wanted_now
         why += f", not scaled up: {snapshot.scale_up_blocked}"
     return ScalingDecision(wanted=wanted, need=need, drain_s=drain_s, words=why, recent_needs=recent_needs)

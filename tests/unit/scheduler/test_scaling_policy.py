@@ -45,6 +45,7 @@ def bounds(**changes: object) -> Bounds:
 
 ASLEEP = but(wanted_now=0, ready_workers=0, oldest_report_age_s=0.0)
 FAR = BatchWork(tokens=10_000.0, deadline_at_s=NOW_S + 86_400)
+NEARING = BatchWork(tokens=10_000.0, deadline_at_s=NOW_S + 300)
 NEAR = BatchWork(tokens=10_000.0, deadline_at_s=NOW_S + 110)
 
 
@@ -70,7 +71,7 @@ NEAR = BatchWork(tokens=10_000.0, deadline_at_s=NOW_S + 110)
         pytest.param(but(ASLEEP), 0, "0 needed", id="asleep stays asleep"),
         pytest.param(but(ready_messages=500), 8, "maximum of 8", id="cut to the maximum"),
         pytest.param(but(remaining_tokens=2_500.0), 3, "3 needed", id="running work counts"),
-        pytest.param(but(arriving_tokens_per_s=160.0), 2, "2 needed", id="arrivals at 0.8 utilisation"),
+        pytest.param(but(arriving_tokens_per_s=170.0), 3, "3 needed", id="arrivals at 0.8 utilisation"),
         pytest.param(but(ready_messages=5, swap_s=90.0), 1, "1 needed", id="a swap is no need"),
         pytest.param(but(last_busy_at_s=NOW_S - 299), 1, "299 s of 300 s", id="idle, not long enough"),
         pytest.param(but(last_busy_at_s=NOW_S - 300), 0, "idle for 300 s", id="idle: asleep"),
@@ -83,6 +84,7 @@ NEAR = BatchWork(tokens=10_000.0, deadline_at_s=NOW_S + 110)
             but(recent_needs=(Need(NOW_S - 200, 4),), start_s=300.0), 4, "window", id="kept a start time long"
         ),
         pytest.param(but(ASLEEP, batch=FAR), 0, "0 needed", id="batch with time does not wake"),
+        pytest.param(but(ASLEEP, batch=NEARING), 1, "1 needed", id="batch for one worker, in good time"),
         pytest.param(but(ASLEEP, batch=NEAR), 2, "2 needed", id="batch whose deadline needs it"),
         pytest.param(but(ready_messages=45, scale_up_blocked="budget"), 1, "budget", id="blocked"),
         pytest.param(
