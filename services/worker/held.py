@@ -86,6 +86,8 @@ class Held:
     """Since the job was last put aside."""
     claims_total: int = 0
     not_before_s: float = 0.0
+    hold_until_s: float = 0.0
+    """Until then it is kept although it waits; then it goes back to the queue."""
     choices: list[ChoiceRecord] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     vectors: list[bytes | None] = field(default_factory=list)

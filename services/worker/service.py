@@ -177,6 +177,15 @@ class Worker:
         """Return once a drain that the scheduler asked for is complete."""
         await self._drained.wait()
 
+    def _give_back_overdue(self) -> None:
+        """What nobody began for so long, and nobody was asked about, another worker may run sooner."""
+        now_s = time.monotonic()
+        for held in self._held.values():
+            if held.state is HeldState.WAITING and held.claims_total == 0 and now_s >= held.hold_until_s:
+                log.info("job_given_back", job_id=held.job.job_id, model_id=held.model[0])
+                held.state = HeldState.FINISHING
+                self._group.create_task(self._give_back(held))
+
     async def _give_back(self, held: Held) -> None:
         """A confirmed copy into the same queue, then the ack: never a requeue."""
         held.state = HeldState.FINISHING
@@ -186,7 +195,11 @@ class Worker:
         except (Unavailable, PublishRefused, Unroutable) as error:
             # Unacked, it is delivered to another worker when our connection closes.
             log.warning("give_back_failed", job_id=held.job.job_id, error=str(error))
-            self._forget(held)
+            if self.phase == "draining":
+                self._forget(held)
+            else:
+                held.state = HeldState.WAITING
+                held.hold_until_s = time.monotonic() + self._settings.most_hold_s
             return
         await self._release(held)
 
@@ -210,6 +223,7 @@ class Worker:
                 f"process {delivery.queue}", delivery.headers, attributes=job_attributes(job)
             )
             held = self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
+            held.hold_until_s = held.received_s + self._settings.most_hold_s
             if self._owners.was_lost(job.owner_queue):
                 held.not_before_s = held.received_s + CLAIM_PAUSE_S
                 self._group.create_task(self._drop_if_owner_is_gone(held))
@@ -252,6 +266,7 @@ class Worker:
             for key in plan.load:
                 self._group.create_task(self._load(key))
             await self._repeat_claims()
+            self._give_back_overdue()
 
     def _drop_unservable(self) -> None:
         now_unix_ms = time.time() * 1000

@@ -20,3 +20,5 @@ class WorkerSettings(CommonSettings):
     """Budget for the weights of resident models (host memory on a CPU, device memory on a GPU)."""
     lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 4, low=0, high=16)
     """Jobs held beyond the running batch, so that a place that frees is filled within one step."""
+    most_hold_s: float = env("ROUNDHOUSE_WORKER_HOLD_S", 60.0, low=1.0, high=600.0)
+    """A job that was not begun for that long goes back to the queue, where another worker may be quicker."""
