@@ -68,7 +68,7 @@ def plan_turns(snapshot: Snapshot, budget_bytes: int) -> Turns:
 
 
 def choose_next(snapshot: Snapshot) -> WaitingJob | None:
-    """The job whose model is loaded next, or None.
+    """The job whose model is loaded next, or None. A job whose owner does not answer asks for nothing.
 
     1. A model that somebody waits for with a live request goes before one that only batch work names.
     2. The model whose oldest job waits longest; but among those whose oldest came within `OVERTAKE_S` of that one, the
@@ -78,7 +78,8 @@ def choose_next(snapshot: Snapshot) -> WaitingJob | None:
     oldest: dict[ModelKey, WaitingJob] = {}
     sequences: dict[ModelKey, int] = {}
     for job in snapshot.waiting:
-        if job.model in snapshot.models or job.model not in snapshot.sizes:
+        asks = job.claimable or job.attempt > 0
+        if not asks or job.model in snapshot.models or job.model not in snapshot.sizes:
             continue
         sequences[job.model] = sequences.get(job.model, 0) + job.sequences
         first = oldest.setdefault(job.model, job)

@@ -48,12 +48,12 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
     """Decide the next moves.
 
     1. Models come and go as `plan_turns` says; jobs of a model that goes are paused.
-    2. A full batch makes room as `_plan_pauses` says.
+    2. A full batch makes room: batch work for live (`_yield_to_live`), else a crowd for who is starved (`_yield_to_starved`).
     3. Granted jobs first, retried ones before fresh ones: each starts if `may_start` and its model is ready.
-    4. Held jobs are claimed, and paused ones go on, while places are free: live before batch; among live ones the lane
-       that was served the fewest tokens, then the longest wait. None while a retried job waits for its turn to run. What
-       is claimed may begin at once where a first attempt may start. A job that needs more places than are free is passed
-       over, but after `PASSED_OVER_S` nothing behind it is claimed until it fits.
+    4. Held jobs are claimed, and paused ones go on, while places are free: first the one for which a crowd made room;
+       then live before batch; among live ones the lane that was served the fewest tokens, then the longest wait. None while a
+       retried job waits for its turn to run. What is claimed may begin at once where a first attempt may start. A job that
+       needs more places than are free is passed over, but after `PASSED_OVER_S` nothing behind it is claimed until it fits.
     """
     turns = plan_turns(snapshot, model_memory_bytes)  # 1
     ready = {key for key, slot in snapshot.models.items() if slot.state == "ready"} - set(turns.evict)
@@ -62,10 +62,14 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
     chosen: list[WaitingJob] = []
     pause = list(turns.pause)
     if not retried_waits:
-        room = _plan_pauses(snapshot, running, ready, max_sequences)  # 2
+        room, made_for = _yield_to_live(snapshot, running, ready, max_sequences), None  # 2
+        starved = _find_starved(snapshot, running, ready)
+        if not room and starved is not None:
+            room = _yield_to_starved(snapshot, running, max_sequences, starved)
+            made_for = starved if room else None
         pause += room
         running = [job for job in running if job.job_id not in room]
-        chosen = _plan_places(snapshot, running, ready, max_sequences)  # 4
+        chosen = _plan_places(snapshot, running, ready, max_sequences, made_for)  # 4
     attempts = [job.attempt for job in running]
 
     start: list[str] = []
@@ -95,14 +99,40 @@ def _may_take_place(job: WaitingJob, ready: set[ModelKey]) -> bool:
     return is_open and job.model in ready
 
 
+def _find_starved(
+    snapshot: Snapshot, running: Sequence[RunningJob], ready: set[ModelKey]
+) -> WaitingJob | None:
+    """The live job that has waited longest, `QUANTUM_S` or more, while no place is held by a job of its model."""
+    served = {job.model for job in running}
+    served |= {job.model for job in snapshot.waiting if job.attempt > 0 and not job.is_paused}
+    starved = [
+        job
+        for job in snapshot.waiting
+        if job.work_class == "live"
+        and job.waited_s >= QUANTUM_S
+        and job.model not in served
+        and _may_take_place(job, ready)
+    ]
+    return max(starved, key=lambda job: job.waited_s, default=None)
+
+
 def _plan_places(
-    snapshot: Snapshot, running: Sequence[RunningJob], ready: set[ModelKey], max_sequences: int
+    snapshot: Snapshot,
+    running: Sequence[RunningJob],
+    ready: set[ModelKey],
+    max_sequences: int,
+    made_for: WaitingJob | None,
 ) -> list[WaitingJob]:
     """Rule 4 of `plan`."""
     taken = _taken(snapshot, running)
     order = sorted(
         (job for job in snapshot.waiting if _may_take_place(job, ready)),
-        key=lambda job: (job.work_class == "batch", snapshot.lane_tokens.get(job.lane, 0), -job.waited_s),
+        key=lambda job: (
+            job is not made_for,
+            job.work_class == "batch",
+            snapshot.lane_tokens.get(job.lane, 0),
+            -job.waited_s,
+        ),
     )
     chosen = []
     for job in order:
@@ -115,21 +145,19 @@ def _plan_places(
     return chosen
 
 
-def _plan_pauses(
+def _yield_to_live(
     snapshot: Snapshot, running: Sequence[RunningJob], ready: set[ModelKey], max_sequences: int
 ) -> list[str]:
-    """Who leaves a full batch. Jobs that were in a crash are left alone.
+    """Batch work that leaves, the youngest first, for each live job that finds no place, if that makes room enough.
 
-    1. Batch work, for each live job that finds no place, if that makes room enough: the youngest first, at once.
-    2. For a live job that has waited `QUANTUM_S` while nothing of its model runs: the youngest live job of the model with
-       the most sequences, if that leaves this model another. One at a time.
+    Jobs that were in a crash are left alone.
     """
     free = max_sequences - _taken(snapshot, running)
     live = [job for job in snapshot.waiting if job.work_class == "live" and _may_take_place(job, ready)]
     pause: list[str] = []
     batch = [job for job in running if job.work_class == "batch" and job.attempt == 1]
     batch.sort(key=lambda job: -job.ran_s)
-    for job in live:  # 1
+    for job in live:
         if free + sum(each.sequences for each in batch) < job.sequences:
             break
         while free < job.sequences:
@@ -137,16 +165,26 @@ def _plan_pauses(
             pause.append(youngest.job_id)
             free += youngest.sequences
         free -= job.sequences
-    if pause or free > 0:
-        return pause
-    served = {job.model for job in running}
-    if all(job.model in served or job.waited_s < QUANTUM_S for job in live):
-        return pause
-    jobs_of: dict[ModelKey, list[RunningJob]] = {}
-    for running_job in running:
-        if running_job.attempt == 1:
-            jobs_of.setdefault(running_job.model, []).append(running_job)
-    crowd = max(jobs_of.values(), key=lambda jobs: sum(job.sequences for job in jobs), default=[])
-    if len(crowd) > 1:  # 2
-        pause.append(min(crowd, key=lambda job: job.ran_s).job_id)
     return pause
+
+
+def _yield_to_starved(
+    snapshot: Snapshot, running: Sequence[RunningJob], max_sequences: int, starved: WaitingJob
+) -> list[str]:
+    """The youngest jobs of the model with the most sequences, as few as make room enough for the starved job.
+
+    One of them always stays, nobody leaves for nothing, and jobs that were in a crash are left alone.
+    """
+    jobs_of: dict[ModelKey, list[RunningJob]] = {}
+    for job in running:
+        if job.attempt == 1:
+            jobs_of.setdefault(job.model, []).append(job)
+    crowd = max(jobs_of.values(), key=lambda jobs: sum(job.sequences for job in jobs), default=[])
+    free = max_sequences - _taken(snapshot, running)
+    pause: list[str] = []
+    for job in sorted(crowd, key=lambda job: job.ran_s)[:-1]:
+        if free >= starved.sequences:
+            break
+        pause.append(job.job_id)
+        free += job.sequences
+    return pause if free >= starved.sequences else []

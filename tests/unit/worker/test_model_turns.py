@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,11 @@ def waits(
     model: ModelKey, waited_s: float = 0.1, work_class: WorkClass = "live", sequences: int = 1
 ) -> WaitingJob:
     return WaitingJob(f"w-{model[0]}-{waited_s}", model, work_class, sequences, waited_s)
+
+
+def put_aside(model: ModelKey) -> WaitingJob:
+    """Its owner does not answer."""
+    return replace(waits(model, 9.0), claimable=False)
 
 
 def runs(model: ModelKey, work_class: WorkClass = "live", attempt: int = 1) -> RunningJob:
@@ -134,6 +140,14 @@ IN_TURN = QUANTUM_S - 0.1
             id="nobody is overtaken by who came much later",
         ),
         pytest.param({A: ready()}, [], [waits(("x", 1))], Turns(), id="no size, no load"),
+        pytest.param({A: ready()}, [], [put_aside(B)], Turns(), id="no load for whom nobody answers"),
+        pytest.param(
+            {A: ready(OVER), B: ready(IN_TURN)},
+            [runs(B)],
+            [put_aside(A), waits(C)],
+            Turns(evict=[A]),
+            id="a job whose owner does not answer keeps its model for a quantum only",
+        ),
     ],
 )
 def test_plan_turns(

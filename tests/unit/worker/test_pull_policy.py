@@ -183,3 +183,29 @@ def test_a_full_batch_gives_a_place_to_a_model_that_has_none(
         models=models,
     )
     assert (decided.pause, decided.claim) == (paused, ["j"] if paused else [])
+
+
+def test_the_place_that_a_crowd_gives_goes_to_the_job_it_was_made_for() -> None:
+    crowd = [RunningJob(f"r{i}", A, 1, 1, "live", 9.0 - i) for i in range(4)]
+    held = [waiting("a", model=A, waited_s=30.0), waiting("b", model=B, waited_s=QUANTUM_S, lane=1)]
+    decided = decide(
+        max_sequences=4, waiting=held, running=crowd, models={A: ready(), B: ready()}, lane_tokens={1: 999}
+    )
+    assert (decided.pause, decided.claim) == (["r3"], ["b"])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "paused", "claimed"),
+    [(2, ["r3", "r2"], ["j"]), (3, ["r3", "r2", "r1"], ["j"]), (4, [], [])],
+)
+def test_a_crowd_gives_as_many_places_as_are_needed_keeps_one_and_gives_none_for_nothing(
+    sequences: int, paused: list[str], claimed: list[str]
+) -> None:
+    crowd = [RunningJob(f"r{i}", A, 1, 1, "live", 9.0 - i) for i in range(4)]
+    decided = decide(
+        max_sequences=4,
+        waiting=[waiting("j", model=B, waited_s=QUANTUM_S, sequences=sequences)],
+        running=crowd,
+        models={A: ready(), B: ready()},
+    )
+    assert (decided.pause, decided.claim) == (paused, claimed)
