@@ -10,12 +10,11 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Literal
 
 import msgspec
 import structlog
 
-from services.worker import pull_policy, pull_snapshot
+from services.worker import pull_policy
 from services.worker.engine import Delta, EngineRefusal, StepReport
 from services.worker.engine_thread import EnginePort, EngineThread
 from services.worker.held import (
@@ -34,10 +33,11 @@ from services.worker.held import (
 )
 from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
 from services.worker.owners import Owners
-from services.worker.pull_snapshot import ModelKey, RunningJob, Snapshot, WaitingJob
+from services.worker.pull_snapshot import ModelKey
 from services.worker.reports import Reporter
 from services.worker.residency import ModelUnavailable, Residency
 from services.worker.settings import WorkerSettings
+from services.worker.snapshots import take_snapshot
 from services.worker.stages import job_attributes, record_stages
 from services.worker.vectors import VectorRefused, pack_vector
 from shared import telemetry, topology
@@ -250,7 +250,7 @@ class Worker:
             self._wake.clear()
             self._drop_unservable()
             plan = pull_policy.plan(
-                self._snapshot(),
+                take_snapshot(self._held.values(), self._residency, self._lane_tokens),
                 max_sequences=self.spec.max_batch,
                 model_memory_bytes=self._settings.model_memory_bytes,
             )
@@ -260,7 +260,10 @@ class Worker:
                 self._start(self._held[job_id])
             if self.phase == "ready":
                 for job_id in plan.claim:
-                    await self._claim(self._held[job_id], begin_at_once=plan.begin_at_once)
+                    held = self._held.get(job_id)
+                    # While the claims before it went out, it may have ended: its owner is gone, its deadline is over.
+                    if held is not None and held.state is HeldState.WAITING:
+                        await self._claim(held, begin_at_once=plan.begin_at_once)
             for key in plan.evict:
                 self._group.create_task(self._evict(key))
             for key in plan.load:
@@ -285,33 +288,6 @@ class Worker:
             reason = self._residency.failure(held.model)
             if reason is not None and held.state in (HeldState.GRANTED, HeldState.PAUSED):
                 self._end(held, "failed", "model_unavailable", reason)
-
-    def _snapshot(self) -> Snapshot:
-        now_s = time.monotonic()
-        waiting, running, claimed = [], [], 0
-        failed = {
-            held.model for held in self._held.values() if self._residency.failure(held.model) is not None
-        }
-        for held in self._held.values():
-            match held.state:
-                case HeldState.WAITING | HeldState.GRANTED | HeldState.PAUSED:
-                    waiting.append(_waiting_job(held, now_s))
-                case HeldState.CLAIMING:
-                    claimed += held.places
-                    waiting.append(_waiting_job(held, now_s))
-                case HeldState.RUNNING:
-                    running.append(_running_job(held, now_s))
-        self._residency.note_work(
-            {job.model for job in waiting if job.claimable or job.attempt > 0}
-            | {job.model for job in running}
-        )
-        models = self._residency.slots()
-        for key in failed:
-            # A failed model counts as ready, so that its jobs are claimed and then told why.
-            models.setdefault(key, pull_snapshot.ModelSlot("ready", 0, now_s))
-        sizes = {key: size for key, size in self._residency.sizes().items() if key not in failed}
-        swap_s = self._residency.swap_costs(sizes)
-        return Snapshot(waiting, running, claimed, models, sizes, self._lane_tokens, swap_s)
 
     async def _load(self, key: ModelKey) -> None:
         waiting = [held for held in self._held.values() if held.model == key]
@@ -665,30 +641,3 @@ class Worker:
     @property
     def phase(self) -> WorkerPhase:
         return self._reporter.phase
-
-
-def _waiting_job(held: Held, now_s: float) -> WaitingJob:
-    claimable = held.state is HeldState.WAITING and now_s >= held.not_before_s
-    work_class: Literal["live", "batch"] = held.job.work_class
-    return WaitingJob(
-        job_id=held.job.job_id,
-        model=held.model,
-        work_class=work_class,
-        sequences=held.places,
-        waited_s=now_s - (held.paused_s or held.received_s),
-        lane=held.lane,
-        attempt=held.attempt,
-        claimable=claimable,
-        is_paused=held.state is HeldState.PAUSED,
-    )
-
-
-def _running_job(held: Held, now_s: float) -> RunningJob:
-    return RunningJob(
-        job_id=held.job.job_id,
-        model=held.model,
-        sequences=held.places,
-        attempt=held.attempt,
-        work_class=held.job.work_class,
-        ran_s=now_s - held.began_s,
-    )
