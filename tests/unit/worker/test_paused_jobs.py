@@ -6,7 +6,7 @@ import msgspec
 from opentelemetry import trace
 
 from services.worker.held import Held, HeldState, first_requests, next_embed_request
-from shared.messages import EmbedJob, GenerateJob, TokenDelta
+from shared.messages import EmbedJob, FinishReason, GenerateJob, TokenDelta, TokenLogprob
 from tests.integration.worker_process import stub_embed_job, stub_job
 
 JOB = stub_job("replies.v1.owner", "res_1", max_tokens=8)
@@ -20,7 +20,9 @@ def held_job(job: GenerateJob | EmbedJob) -> Held:
     return held
 
 
-def delta(held: Held, choice: int, start: int, tokens: list[int], finish: str | None = None) -> TokenDelta:
+def delta(
+    held: Held, choice: int, start: int, tokens: list[int], finish: FinishReason | None = None
+) -> TokenDelta:
     return TokenDelta(
         job_id=held.job.job_id,
         attempt=1,
@@ -28,7 +30,7 @@ def delta(held: Held, choice: int, start: int, tokens: list[int], finish: str | 
         token_start=start,
         tokens=tokens,
         text="",
-        finish_reason=finish,  # type: ignore[arg-type]
+        finish_reason=finish,
     )
 
 
@@ -61,3 +63,13 @@ def test_inputs_are_embedded_once_and_those_cut_off_again() -> None:
     while (request := next_embed_request(held, job)) is not None:
         begun.append(request.sequence_id)
     assert begun == [held.sequence_id(index) for index in left]
+
+
+def test_a_prompt_is_scored_once() -> None:
+    sampling = msgspec.structs.replace(JOB.sampling, echo_logprobs=True)
+    held = held_job(msgspec.structs.replace(JOB, sampling=sampling))
+    held.pause()
+    assert [request.echo_logprobs for request in first_requests(held)] == [True]
+    held.prompt_logprobs = [TokenLogprob(token=1, logprob=-0.5)]
+    held.pause()
+    assert [request.echo_logprobs for request in first_requests(held)] == [False]

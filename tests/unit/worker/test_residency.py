@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from services.worker import residency
+from services.worker.engine import ModelInfo
 from services.worker.engine_thread import EngineThread
 from services.worker.residency import ModelUnavailable, Residency
 from shared.messages import ModelRef
+from shared.model_files import ModelFile
 
 REF = ModelRef(model_id="mod_1", revision=1, name="team/model", folder="mod_1/1", signature="s")
+
+
+class Engine:
+    """Loads and unloads; a load takes `load_s` of the test's time."""
+
+    def __init__(self, clock: list[float], load_s: float) -> None:
+        self._clock, self._load_s = clock, load_s
+
+    async def load(self, handle: str, folder: Path) -> ModelInfo:
+        self._clock[0] += self._load_s
+        return ModelInfo(handle, 100, 8, 8, ())
+
+    async def unload(self, handle: str) -> None:
+        pass
 
 
 class BrokenEngine:
@@ -46,3 +64,43 @@ async def test_a_model_that_fails_to_load_for_any_reason_is_failed_and_nothing_e
         await resident.load(REF)
     assert resident.failure(("mod_1", 1)) == f"{type(error).__name__} while loading"
     assert resident.slots() == {}
+
+
+async def test_a_turn_runs_while_there_is_work_and_begins_anew_after_a_break_or_a_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = (REF.model_id, REF.revision)
+    clock = [100.0]
+    monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(residency, "verify_files", lambda folder, manifest: None)
+    resident = Residency(cast(EngineThread, Engine(clock, 3.0)), tmp_path, "bf16")
+    monkeypatch.setattr(resident, "_manifest", lambda ref: None)
+    monkeypatch.setattr(resident, "size", lambda ref: 1)
+
+    def turn_after(seconds: float, *, work: bool) -> float:
+        clock[0] += seconds
+        resident.note_work({key} if work else set())
+        return resident.slots()[key].turn_s
+
+    await resident.load(REF)
+    assert [turn_after(1, work=work) for work in (True, True, True)] == [0, 1, 2]
+    assert [turn_after(1, work=work) for work in (False, True, True)] == [0, 0, 1]
+    await resident.evict(key)
+    await resident.load(REF)
+    assert [turn_after(1, work=work) for work in (True, True)] == [0, 1]
+
+
+async def test_a_swap_costs_what_it_took_and_an_unknown_one_what_its_size_suggests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = msgspec.structs.replace(REF, model_id="mod_2")
+    clock = [100.0]
+    monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(residency, "verify_files", lambda folder, manifest: None)
+    resident = Residency(cast(EngineThread, Engine(clock, 3.0)), tmp_path, "bf16")
+    weights = [ModelFile("model.safetensors", 200, "")]
+    monkeypatch.setattr(resident, "_manifest", lambda ref: SimpleNamespace(files=weights))
+    resident.size(other)
+    assert resident.swap_costs({("mod_2", 1)}) == {}
+    await resident.load(REF)
+    assert resident.swap_costs({("mod_1", 1), ("mod_2", 1)}) == {("mod_1", 1): 3.0, ("mod_2", 1): 6.0}

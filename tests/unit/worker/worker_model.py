@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -141,8 +142,7 @@ class SimulatedWorker:
             swap_s=self.swap_s,
         )
 
-    def _decide(self, at: object) -> None:
-        assert callable(at)
+    def _decide(self, at: Callable[[float, str, object], None]) -> None:
         decided = plan(self.snapshot(), max_sequences=self.max_sequences, model_memory_bytes=self.memory)
         by_id = {job.job_id: job for job in self.held}
         for job_id in decided.pause:

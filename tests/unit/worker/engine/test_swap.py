@@ -60,6 +60,7 @@ def test_answers_cut_off_by_a_swap_go_on_as_if_unbroken(
     whole = run_all(make_engine(tiny.folder, precision=precision), requests)
     engine = make_engine(tiny.folder, precision=precision)
     had: dict[str, list[int]] = {request.sequence_id: [] for request in requests}
+    shown = dict.fromkeys(had, "")
     for _ in range(2):
         for request in requests:
             engine.add(replace(request, prior_tokens=tuple(had[request.sequence_id])))
@@ -67,6 +68,7 @@ def test_answers_cut_off_by_a_swap_go_on_as_if_unbroken(
             for delta in engine.step().deltas:
                 assert delta.token_start == len(had[delta.sequence_id])
                 had[delta.sequence_id] += delta.tokens
+                shown[delta.sequence_id] += delta.text
         for request in requests:
             engine.cancel(request.sequence_id)
         engine.unload_model("m")
@@ -75,6 +77,6 @@ def test_answers_cut_off_by_a_swap_go_on_as_if_unbroken(
         engine.load_model("m", tiny.folder)
     resumed = [replace(request, prior_tokens=tuple(had[request.sequence_id])) for request in requests]
     rest = run_all(engine, resumed)
-    assert {name: had[name] + list(answer.tokens) for name, answer in rest.items()} == {
-        name: list(answer.tokens) for name, answer in whole.items()
-    }
+    assert {
+        name: (had[name] + answer.tokens, shown[name] + answer.text) for name, answer in rest.items()
+    } == {name: (answer.tokens, answer.text) for name, answer in whole.items()}
