@@ -39,7 +39,7 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 100, 50
 PROMPT_NANOUSD, COMPLETION_NANOUSD = 20, 60
 CATCH_UP_LIMIT_S = 300.0
 SLOWER_LIMIT = 2.0
-"""Billing's work shares two cores with everything else here, so a request may take longer beside it, but not twice."""
+"""No request waits for billing, so its absence must not be felt; medians of short phases differ by less than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ async def catch_up(stack: Stack, count: int) -> CaughtUp:
 
 
 async def measure(stack: Stack, count: int, phase_s: float) -> list[Row]:
-    execute_price(stack.database_url)
+    set_price(stack.database_url)
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         client = Client(stack, session)
@@ -163,7 +163,7 @@ async def measure(stack: Stack, count: int, phase_s: float) -> list[Row]:
     return rows
 
 
-def execute_price(database_url: str) -> None:
+def set_price(database_url: str) -> None:
     execute(
         database_url,
         f"""
