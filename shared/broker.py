@@ -99,6 +99,10 @@ class Subscription:
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.info("consumer_cancel_lost", queue=self._queue.name, error=type(error).__name__)
 
+    async def close(self) -> None:
+        """Close its channel: what it delivered and nobody settled is delivered again, to somebody else."""
+        await _close_channel(self._channel)
+
 
 class Broker:
     """A process's door to RabbitMQ. Build it with `Broker.open` inside the process's exit stack."""

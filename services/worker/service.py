@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -39,9 +38,10 @@ from services.worker.residency import ModelUnavailable, Residency
 from services.worker.settings import WorkerSettings
 from services.worker.snapshots import take_snapshot
 from services.worker.stages import job_attributes, record_stages
+from services.worker.taking import Taking
 from services.worker.vectors import VectorRefused, pack_vector
 from shared import telemetry, topology
-from shared.broker import Broker, Delivery, Subscription
+from shared.broker import Broker, Delivery
 from shared.ids import new_id
 from shared.messages import (
     CancelJob,
@@ -72,6 +72,9 @@ CLAIM_TRIES = 5
 """After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
 CLAIM_PAUSE_S = 5.0
 PRELOAD_PAUSE_S = 1.0
+ASIDE_S = 5.0
+"""A worker that gave jobs back takes none for that long, so that another one gets them."""
+BEGUN = (HeldState.CLAIMING, HeldState.GRANTED, HeldState.RUNNING, HeldState.PAUSED)
 
 
 class Worker:
@@ -90,7 +93,11 @@ class Worker:
         self._held: dict[str, Held] = {}
         self._owners = Owners(broker)
         self._lane_tokens: dict[int, int] = {}
-        self._subscriptions: list[Subscription] = []
+        # On a shared pool one lane alone may fill the batch; which lane's jobs run is the policy's business.
+        lookahead = 0 if spec.pool else settings.lookahead_jobs
+        queues = topology.job_queues(spec.resource_id, pool=spec.pool)
+        self._taking = Taking(broker, queues, self._on_job, spec.max_batch + lookahead)
+        self._aside_until_s: float | None = None
         self._wake = asyncio.Event()
         self._reporter = Reporter(broker, spec, self._held.values, self._residency.report)
         self._drained = asyncio.Event()
@@ -113,7 +120,7 @@ class Worker:
         group.create_task(self._sender.run())
         group.create_task(self._beats())
         group.create_task(self._pump())
-        await self._subscribe()
+        await self._taking.start()
         self._reporter.enter("ready")
 
     async def _preload(self) -> None:
@@ -145,23 +152,11 @@ class Worker:
                 await self._preload_one(ref)
                 self._wake.set()
 
-    async def _subscribe(self) -> None:
-        for lane, queue in enumerate(topology.job_queues(self.spec.resource_id, pool=self.spec.pool)):
-            await self._broker.declare([queue])
-            # On a shared pool one lane alone may fill the batch; which lane's jobs run is the policy's business.
-            lookahead = 0 if self.spec.pool else self._settings.lookahead_jobs
-            prefetch = self.spec.max_batch + lookahead
-            receive = self._receiver(lane)
-            self._subscriptions.append(
-                await self._broker.subscribe(queue, JobQueueMessage, receive, prefetch=prefetch)
-            )
-
     async def drain(self) -> None:
         """Take no more, give back what has not begun, finish the rest. Idempotent; returns when nothing is left."""
         if self.phase != "draining":
             self._reporter.enter("draining")
-            for subscription in self._subscriptions:
-                await subscription.cancel()
+            await self._taking.stop()
         while self._held:
             # Again and again: a job whose owner did not answer is put aside only later.
             for held in [held for held in self._held.values() if held.state is HeldState.WAITING]:
@@ -177,21 +172,50 @@ class Worker:
         """Return once a drain that the scheduler asked for is complete."""
         await self._drained.wait()
 
-    def _give_back_overdue(self) -> None:
-        """What nobody began for so long, and nobody was asked about, another worker may run sooner."""
+    def _mind_window(self) -> None:
+        """What nobody began for so long, and nobody was asked about, another worker may run sooner.
+
+        Whoever gives back takes nothing for a while, and then only with a place free: else the copies came straight back.
+        """
         now_s = time.monotonic()
-        for held in self._held.values():
-            if held.state is HeldState.WAITING and held.claims_total == 0 and now_s >= held.hold_until_s:
-                log.info("job_given_back", job_id=held.job.job_id, model_id=held.model[0])
+        overdue = [
+            held
+            for held in self._held.values()
+            if held.state is HeldState.WAITING and held.claims_total == 0 and now_s >= held.hold_until_s
+        ]
+        if overdue:
+            self._aside_until_s = now_s + ASIDE_S
+            for held in overdue:
                 held.state = HeldState.FINISHING
-                self._group.create_task(self._give_back(held))
+            self._group.create_task(self._stand_aside(overdue))
+        elif self._aside_until_s is not None and now_s >= self._aside_until_s:
+            begun = [held for held in self._held.values() if held.state in BEGUN]
+            if sum(held.places for held in begun) < self.spec.max_batch:
+                self._aside_until_s = None
+                self._group.create_task(self._take_again())
+
+    async def _stand_aside(self, overdue: list[Held]) -> None:
+        await self._taking.stand_aside()
+        for held in overdue:
+            log.info("job_given_back", job_id=held.job.job_id, model_id=held.model[0])
+            await self._give_back(held)
+
+    async def _take_again(self) -> None:
+        oldest_held_s = min((held.received_s for held in self._held.values()), default=time.monotonic())
+        await self._taking.close_settled(oldest_held_s)
+        try:
+            await self._taking.start()
+        except Unavailable as error:
+            log.warning("consumers_not_started", error=str(error))
+            self._aside_until_s = time.monotonic() + ASIDE_S
 
     async def _give_back(self, held: Held) -> None:
-        """A confirmed copy into the same queue, then the ack: never a requeue."""
+        """A confirmed copy into the same queue, then the ack: never a requeue. Only when the consumers are cancelled."""
         held.state = HeldState.FINISHING
+        given = list(held.deliveries)
         try:
             with telemetry.under(held.span):
-                await self._broker.publish(held.deliveries[0].queue, held.job)
+                await self._broker.publish(given[0].queue, held.job)
         except (Unavailable, PublishRefused, Unroutable) as error:
             # Unacked, it is delivered to another worker when our connection closes.
             log.warning("give_back_failed", job_id=held.job.job_id, error=str(error))
@@ -201,15 +225,14 @@ class Worker:
                 held.state = HeldState.WAITING
                 held.hold_until_s = time.monotonic() + self._settings.most_hold_s
             return
-        await self._release(held)
+        self._forget(held)
+        for delivery in given:
+            await delivery.ack()
+        for delivery in held.deliveries[len(given) :]:
+            # It came meanwhile, and may be the copy itself: an ack would lose the job.
+            self._on_job(delivery, held.lane)
 
     # ---- taking jobs
-
-    def _receiver(self, lane: int) -> Callable[[Delivery], None]:
-        def receive(delivery: Delivery) -> None:
-            self._on_job(delivery, lane)
-
-        return receive
 
     def _on_job(self, delivery: Delivery, lane: int) -> None:
         job: JobQueueMessage = delivery.message
@@ -269,7 +292,7 @@ class Worker:
             for key in plan.load:
                 self._group.create_task(self._load(key))
             await self._repeat_claims()
-            self._give_back_overdue()
+            self._mind_window()
 
     def _drop_unservable(self) -> None:
         now_unix_ms = time.time() * 1000
