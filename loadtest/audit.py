@@ -29,13 +29,21 @@ EXIT_UNUSABLE = 2
 async def settled_audit(
     url: str, records: list[ClientRecord], wait_s: float
 ) -> tuple[Snapshot, list[Result]]:
-    """Audit, and again until it is clean or `wait_s` are over: billing may still have facts to read."""
+    """Audit, and again until it is clean or `wait_s` are over: billing may still have facts to read.
+
+    A server that was killed may still be on its way back: for as long its refusals are waited out, too.
+    """
     deadline_s = time.monotonic() + wait_s
     while True:
-        snapshot = await read_snapshot(url)
-        results = audit(snapshot, records)
-        if not any(result.findings for result in results) or time.monotonic() >= deadline_s:
-            return snapshot, results
+        try:
+            snapshot = await read_snapshot(url)
+        except (OSError, asyncpg.CannotConnectNowError):
+            if time.monotonic() >= deadline_s:
+                raise
+        else:
+            results = audit(snapshot, records)
+            if not any(result.findings for result in results) or time.monotonic() >= deadline_s:
+                return snapshot, results
         await asyncio.sleep(POLL_S)
 
 
