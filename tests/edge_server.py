@@ -15,10 +15,10 @@ from typing import Any
 from aiohttp import web
 
 from services.gateway import edge
-from services.gateway.errors import ApiError
-from services.gateway.principal import Principal
 from services.gateway.routes import INFERENCE, MANAGE, PUBLIC, RouteSpec, principal_of
 from services.gateway.wire import WireSite
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 
 KEY = "sk-rh-" + "a" * 43
 MANAGE_KEY = "sk-rh-" + "b" * 43

@@ -12,7 +12,6 @@ from services.gateway import admission, edge, keys, management, public
 from services.gateway.commands import CommandCaller
 from services.gateway.inference import http as inference
 from services.gateway.inference.measures import InferenceMetrics
-from services.gateway.inference.tokenizers_pool import TokenizerPool
 from services.gateway.management.idempotency import KEEP_S
 from services.gateway.model_import import ModelImporter
 from services.gateway.outbox import Outbox
@@ -27,6 +26,7 @@ from shared import telemetry
 from shared.broker import Broker
 from shared.database import Database
 from shared.ids import new_id
+from shared.inference.tokenizers_pool import TokenizerPool
 from shared.outcomes import Unavailable
 from shared.runtime import Lifetime, run
 from shared.settings import SettingsError

@@ -23,7 +23,6 @@ from aiohttp.typedefs import Middleware
 from aiohttp.web_protocol import RequestPayloadError
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.gateway import strict_json
 from services.gateway.errors import ApiError, bad_request, error_type
 from services.gateway.principal import Principal
 from services.gateway.routes import (
@@ -38,7 +37,7 @@ from services.gateway.routes import (
     RouteSpec,
 )
 from services.gateway.wire import BareError
-from shared import telemetry
+from shared import strict_json, telemetry
 from shared.ids import new_id
 from shared.outcomes import Unavailable
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from services.gateway.errors import ApiError
-from services.gateway.principal import Principal
 from shared import topology
 from shared.broker import Broker, Delivery
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 from shared.messages import JobVoided, UsageEvent
 from shared.outcomes import Done, Outcome, Unavailable
 from tests.conftest import Vhost

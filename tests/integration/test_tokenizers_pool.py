@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.errors import ApiError
-from services.gateway.inference.prompts import ChatMessage
-from services.gateway.inference.tokenizers_pool import PoolLimits, TokenizerPool
+from shared.inference.errors import ApiError
+from shared.inference.prompts import ChatMessage
+from shared.inference.tokenizers_pool import PoolLimits, TokenizerPool
 from tests.unit.gateway.inference.builders import write_tokenizer
 
 HI = [ChatMessage("user", "hi")]

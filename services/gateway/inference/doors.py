@@ -8,8 +8,8 @@ from typing import Protocol
 
 from services.gateway.inference.frames import ChatFrames, CompletionFrames, Frames, VendorFrames
 from services.gateway.inference.generation import Generation
-from services.gateway.inference.parameters import GenerationRequest
-from services.gateway.inference.responses import (
+from shared.inference.parameters import GenerationRequest
+from shared.inference.responses import (
     Choice,
     Echo,
     Head,

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from services.gateway.errors import ApiError
-from services.gateway.inference.responses import (
+from services.gateway.owner import TextDelta
+from shared.inference.responses import (
     Head,
     Spellings,
     TextOffsets,
@@ -19,7 +20,6 @@ from services.gateway.inference.responses import (
     error_frame,
     url_encoded,
 )
-from services.gateway.owner import TextDelta
 
 DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from services.gateway.errors import ApiError
-from services.gateway.inference.responses import usage_of
 from services.gateway.owner import AbandonReason, Finished, JobEvent
+from shared.inference.responses import usage_of
 from shared.messages import GenerateJob, JobQueueMessage
 from shared.topology import Queue
 

@@ -17,8 +17,18 @@ from aiohttp import web
 
 from services.gateway.edge import read_json
 from services.gateway.errors import ApiError
-from services.gateway.inference import parameters, schemas
-from services.gateway.inference.checks import (
+from services.gateway.inference import schemas
+from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
+from services.gateway.inference.generation import Generation, JobOwner
+from services.gateway.inference.measures import InferenceMetrics, Measure
+from services.gateway.inference.streams import EventStream, StreamTimes, stream_answer
+from services.gateway.owner import Finished
+from services.gateway.principal import ModelView, Principal, Route
+from services.gateway.routes import INFERENCE, RESPONSE_HEADERS, RouteSpec, principal_of, request_id_of
+from shared import telemetry, topology
+from shared.ids import new_id
+from shared.inference import parameters
+from shared.inference.checks import (
     NamesTokens,
     check_inputs,
     check_vocabulary,
@@ -26,25 +36,16 @@ from services.gateway.inference.checks import (
     context_tokens,
     refusal_of,
 )
-from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
-from services.gateway.inference.embeddings import (
+from shared.inference.embeddings import (
     build_embed_jobs,
     embedding_parts,
     embedding_schema,
     parse_embedding,
 )
-from services.gateway.inference.generation import Generation, JobOwner
-from services.gateway.inference.jobs import JobContext, build_jobs
-from services.gateway.inference.measures import InferenceMetrics, Measure
-from services.gateway.inference.parameters import GenerationRequest
-from services.gateway.inference.prompts import ChatMessage, Prompt
-from services.gateway.inference.responses import Choice, Head, Spellings, encode, model_entry, tokens_in
-from services.gateway.inference.streams import EventStream, StreamTimes, stream_answer
-from services.gateway.owner import Finished
-from services.gateway.principal import ModelView, Principal, Route
-from services.gateway.routes import INFERENCE, RESPONSE_HEADERS, RouteSpec, principal_of, request_id_of
-from shared import telemetry, topology
-from shared.ids import new_id
+from shared.inference.jobs import JobContext, build_jobs
+from shared.inference.parameters import GenerationRequest
+from shared.inference.prompts import ChatMessage, Prompt
+from shared.inference.responses import Choice, Head, Spellings, encode, model_entry, tokens_in
 from shared.messages import JobQueueMessage
 
 

@@ -6,10 +6,10 @@ from typing import Any, cast
 import pytest
 
 from services.gateway import keys
-from services.gateway.errors import ApiError
 from services.gateway.keys import KeyCache, digest_of, make_secret
-from services.gateway.principal import Principal
 from services.gateway.store import Store
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 from shared.outcomes import Unavailable
 
 SECRET = "sk-rh-" + "a" * 43

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.errors import ApiError
 from services.gateway.management import bodies
 from services.gateway.management.acting import read_cursor, read_time, write_cursor
 from services.gateway.management.models import derived_type_name
 from services.gateway.management.usage import read_position, usage_range
+from shared.inference.errors import ApiError
 from shared.model_folder import ModelManifest
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.errors import ApiError
 from services.gateway.money import MAX_USD, NANO, format_usd, parse_usd, parse_usd_per_million
+from shared.inference.errors import ApiError
 
 
 @pytest.mark.parametrize(

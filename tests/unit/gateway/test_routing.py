@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.errors import ApiError
-from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from services.gateway.routing import HOLD_S, choose_route
+from shared.inference.errors import ApiError
+from shared.inference.principal import ModelView, Principal, ResourceView, Route
 
 NOW_S = 1_000_000.0
 TEAM = Principal("key_1", "team_a", "acme", False, False, frozenset({"inference"}))

@@ -14,15 +14,15 @@ from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from services.gateway.edge import EdgeLimits, build_app, build_runner
-from services.gateway.errors import ApiError
 from services.gateway.inference.http import InferenceDeps, InferenceLimits, routes
 from services.gateway.inference.measures import InferenceMetrics
-from services.gateway.inference.prompts import ChatMessage
 from services.gateway.inference.streams import StreamTimes
-from services.gateway.inference.tokenization import LoadedTokenizer, load_tokenizer
 from services.gateway.owner import AbandonReason, Finished, OwnedStream, Owner, TextDelta
-from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from shared import telemetry
+from shared.inference.errors import ApiError
+from shared.inference.principal import ModelView, Principal, ResourceView, Route
+from shared.inference.prompts import ChatMessage
+from shared.inference.tokenization import LoadedTokenizer, load_tokenizer
 from shared.messages import GenerateJob, JobQueueMessage, Timings, TokenLogprob
 from shared.ownership import OwnedJob
 from shared.topology import Queue

@@ -15,10 +15,10 @@ import openai
 import pytest
 from openai.types import embedding_create_params
 
-from services.gateway.errors import ApiError, must_not_retry
 from services.gateway.inference import schemas
-from services.gateway.inference.checks import check_inputs, check_vocabulary, refusal_of
-from services.gateway.inference.embeddings import (
+from services.gateway.owner import Finished, OwnedStream
+from shared.inference.checks import check_inputs, check_vocabulary, refusal_of
+from shared.inference.embeddings import (
     EMBEDDING_FIELDS,
     JOB_INPUTS,
     MAX_INPUTS,
@@ -27,8 +27,8 @@ from services.gateway.inference.embeddings import (
     embedding_schema,
     parse_embedding,
 )
-from services.gateway.inference.jobs import JobContext
-from services.gateway.owner import Finished, OwnedStream
+from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.jobs import JobContext
 from shared.messages import EmbedJob, Timings
 from tests.unit.gateway.inference.builders import (
     FakeOwner,

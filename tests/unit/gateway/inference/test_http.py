@@ -16,10 +16,10 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from services.gateway.errors import ApiError, must_not_retry
 from services.gateway.inference.streams import StreamTimes
-from services.gateway.inference.tokenization import load_tokenizer
 from services.gateway.owner import OwnedStream
+from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.tokenization import load_tokenizer
 from shared.messages import GenerateJob, TokenLogprob
 from tests.unit.gateway.inference.builders import (
     BOS,

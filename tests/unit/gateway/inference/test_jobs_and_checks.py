@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.errors import ApiError
-from services.gateway.inference.checks import check_vocabulary, choose_max_tokens, context_tokens, refusal_of
-from services.gateway.inference.jobs import JobContext, build_jobs
-from services.gateway.inference.parameters import MAX_SEED, GenerationRequest, parse_chat, parse_completion
-from services.gateway.principal import Route
+from shared.inference.checks import check_vocabulary, choose_max_tokens, context_tokens, refusal_of
+from shared.inference.errors import ApiError
+from shared.inference.jobs import JobContext, build_jobs
+from shared.inference.parameters import MAX_SEED, GenerationRequest, parse_chat, parse_completion
+from shared.inference.principal import Route
 from shared.messages import GenerateJob
 from tests.unit.gateway.inference.builders import EOS, finished, make_model, make_principal, make_route
 

@@ -7,7 +7,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from services.gateway.inference.measures import InferenceMetrics, Measure
-from services.gateway.inference.parameters import parse_completion
+from shared.inference.parameters import parse_completion
 from tests.unit.gateway.inference.builders import make_model, make_principal, make_route
 
 SECRET = "a very private prompt"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from services.gateway.errors import ApiError
-from services.gateway.inference import parameters
-from services.gateway.inference.parameters import (
+from shared.inference import parameters
+from shared.inference.errors import ApiError
+from shared.inference.parameters import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     MAX_TOKENS,
@@ -22,7 +22,7 @@ from services.gateway.inference.parameters import (
     parse_completion,
     parse_vendor,
 )
-from services.gateway.inference.rules import IntegerIn, NumberIn, Only
+from shared.inference.rules import IntegerIn, NumberIn, Only
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 COMPLETION = {"model": "acme/tiny", "prompt": "hi"}

@@ -8,10 +8,11 @@ from urllib.parse import unquote
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-from services.gateway.errors import ApiError, must_not_retry
 from services.gateway.inference import schemas
 from services.gateway.inference.frames import ChatFrames, CompletionFrames, VendorFrames
-from services.gateway.inference.responses import (
+from services.gateway.owner import TextDelta
+from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.responses import (
     Choice,
     Echo,
     Head,
@@ -23,7 +24,6 @@ from services.gateway.inference.responses import (
     usage_of,
     vendor_body,
 )
-from services.gateway.owner import TextDelta
 from shared.messages import Timings, TokenLogprob
 
 HEAD = Head("req_0123", 1_700_000_000, 'acme/"tiny"', 3)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
-from services.gateway.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
 from shared.chat_template import compile_chat_template
+from shared.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
 from tests.unit.gateway.inference.builders import BOS, END_OF_TURN, EOS, write_tokenizer
 
 CONTROL = {EOS, BOS, END_OF_TURN}

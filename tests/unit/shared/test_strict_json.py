@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway import strict_json
-from services.gateway.errors import ApiError
+from shared import strict_json
+from shared.inference.errors import ApiError
 
 REFUSED = [
     (b"", "invalid_json", None),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from services.gateway.errors import ApiError, bad_request
+from shared.inference.errors import ApiError, bad_request
 
 Schema = dict[str, Any]
 

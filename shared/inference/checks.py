@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from services.gateway.errors import ApiError, bad_request, must_not_retry
-from services.gateway.inference.parameters import GenerationRequest
-from services.gateway.inference.rules import invalid_value
-from services.gateway.owner import Finished
-from services.gateway.principal import ModelView, Route
+from shared.inference.errors import ApiError, bad_request, must_not_retry
+from shared.inference.parameters import GenerationRequest
+from shared.inference.principal import ModelView, Route
+from shared.inference.rules import invalid_value
 
 
 class NamesTokens(Protocol):
     def named_tokens(self) -> Iterable[tuple[str, Sequence[int]]]: ...
+
+
+class Ended(Protocol):
+    """What of a job's end is told to its client."""
+
+    @property
+    def outcome(self) -> str: ...
+
+    @property
+    def error_code(self) -> str | None: ...
 
 
 LOST_RETRY_S = 1
@@ -76,7 +85,7 @@ def choose_max_tokens(
     return room
 
 
-def refusal_of(finished: Finished) -> ApiError | None:
+def refusal_of(finished: Ended) -> ApiError | None:
     """How a job that is over is told to its client; None for a success.
 
     1. Its deadline passed -> 504, and no retry: it would take as long again.

@@ -17,14 +17,14 @@ from typing import Any
 from jinja2 import Template
 from tokenizers import Tokenizer
 
-from services.gateway.inference.tokenizer_protocol import (
+from shared.chat_template import ChatTemplateError, compile_chat_template, render_chat_template
+from shared.inference.tokenizer_protocol import (
     CONTROL_TOKEN,
     MODEL_UNREADABLE,
     NO_CHAT_TEMPLATE,
     NO_TOKENS,
     TEMPLATE_REFUSED,
 )
-from shared.chat_template import ChatTemplateError, compile_chat_template, render_chat_template
 
 # Unicode's noncharacters: never in text that is exchanged, so one of them can mark a place in it.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))

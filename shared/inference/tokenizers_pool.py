@@ -1,4 +1,4 @@
-"""The pool of tokenizer processes: bounded in number, queue and time, so that no text and no template can hold up the gateway.
+"""The pool of tokenizer processes: bounded in number, queue and time, so that no text and no template can hold up its service.
 
 Each child is owned by one task that alone talks to it, loads models into it and replaces it when it dies or takes too long.
 All tasks take from one bounded queue. Knows nothing of HTTP but the refusals it raises.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import structlog
 
-from services.gateway.errors import ApiError, bad_request
-from services.gateway.inference.prompts import ChatMessage
-from services.gateway.inference.tokenizer_protocol import (
+from shared.inference.errors import ApiError, bad_request
+from shared.inference.prompts import ChatMessage
+from shared.inference.tokenizer_protocol import (
     CONTROL_TOKEN,
     LENGTH,
     MAX_FRAME_BYTES,
@@ -46,7 +46,7 @@ from services.gateway.inference.tokenizer_protocol import (
 
 log = structlog.get_logger()
 
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 BUSY_RETRY_S = 1
 RESPAWN_PAUSE_S = 0.5
 SPELLED_MODELS = 8
@@ -224,7 +224,7 @@ class _Child:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "services.gateway.inference.tokenizer_child",
+                "shared.inference.tokenizer_child",
                 str(self._store),
                 str(int(self._limits.load_s)),
                 str(self._limits.memory_bytes),

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from services.gateway.errors import ApiError, bad_request
-from services.gateway.inference.rules import Schema, invalid_type, invalid_value, shown, unsupported
+from shared.inference.errors import ApiError, bad_request
+from shared.inference.rules import Schema, invalid_type, invalid_value, shown, unsupported
 
 MAX_PROMPTS = 16
 MAX_MESSAGES = 1024

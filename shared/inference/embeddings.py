@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from services.gateway.inference.jobs import JobContext, shared_fields
-from services.gateway.inference.parameters import MODEL
-from services.gateway.inference.prompts import Prompt, Prompts
-from services.gateway.inference.responses import Head, encode
-from services.gateway.inference.rules import (
+from shared.inference.jobs import JobContext, shared_fields
+from shared.inference.parameters import MODEL
+from shared.inference.prompts import Prompt, Prompts
+from shared.inference.responses import Head, encode
+from shared.inference.rules import (
     Field,
     IntegerIn,
     OneOf,

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from services.gateway.errors import ApiError, bad_request
+from shared.inference.errors import ApiError, bad_request
 
 MAX_DEPTH = 32
 MAX_CONTAINERS = 20_000

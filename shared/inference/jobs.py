@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from services.gateway.inference.parameters import MAX_SEED, GenerationRequest
-from services.gateway.principal import ModelView, Principal, Route
+from shared.inference.parameters import MAX_SEED, GenerationRequest
+from shared.inference.principal import ModelView, Principal, Route
 from shared.messages import BillingMode, GenerateJob, ModelRef, SamplingParams
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from services.gateway.errors import bad_request
-from services.gateway.inference.prompts import ChatMessage, Messages, Prompt, Prompts, TextPrompt
-from services.gateway.inference.rules import (
+from shared.inference.errors import bad_request
+from shared.inference.prompts import ChatMessage, Messages, Prompt, Prompts, TextPrompt
+from shared.inference.rules import (
     Field,
     Flag,
     IntegerIn,

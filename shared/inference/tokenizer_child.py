@@ -4,7 +4,7 @@ Tokenizers and templates are other people's code and data. Here they may use so 
 open few; the parent kills the process when an answer takes too long. It holds no secret, has no network use, and ends with its
 parent: at the end of its input, or when its processor time for one question is used up.
 
-Usage: python -m services.gateway.inference.tokenizer_child STORE CPU_S MEMORY_BYTES
+Usage: python -m shared.inference.tokenizer_child STORE CPU_S MEMORY_BYTES
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from services.gateway.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
-from services.gateway.inference.tokenizer_protocol import (
+from shared.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
+from shared.inference.tokenizer_protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
     MODEL_UNREADABLE,

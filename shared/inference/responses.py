@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from services.gateway.errors import ApiError, error_type
+from shared.inference.errors import ApiError, error_type
 from shared.messages import Timings, TokenLogprob
 
 # JSON has no infinity; this is what OpenAI writes for a token that cannot be.

@@ -1,0 +1,67 @@
+"""Who asks, and what their models run on: the values that the edge finds and the handlers use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The team and key behind a request."""
+
+    key_id: str
+    team_id: str
+    team_slug: str
+    is_platform: bool
+    ppt_fallback: bool
+    scopes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A registered model's current revision, as the route table sees it."""
+
+    model_id: str
+    team_id: str
+    team_slug: str
+    name: str
+    revision: int
+    folder: str
+    """Below the model store."""
+    signature: str
+    model_type: str
+    context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    created_unix_s: int
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.team_slug}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceView:
+    """A resource as the route table sees it."""
+
+    resource_id: str
+    team_id: str
+    model_type: str
+    pool: bool
+    wanted: str
+    state: str
+    live_count: int
+    max_context_tokens: int
+    expected_live_unix_s: float | None
+    created_unix_s: float
+    reason: str = ""
+    """Why it is in this state, for people; filled for failures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes: the queue's resource, and how it is billed."""
+
+    resource: ResourceView
+    billing: str
+    """"ppt" on a shared pool, "resource" on the team's own GPUs."""
