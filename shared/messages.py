@@ -30,8 +30,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 # ---- jobs: owner -> queue -> worker -> owner
 
 
-class ModelRef(Part, frozen=True):
-    """Exactly which weights: a job names its revision and never gets another."""
+class WeightsRef(Part, frozen=True):
+    """Exactly which files: those of one revision of one model."""
 
     model_id: str
     revision: int
@@ -39,6 +39,20 @@ class ModelRef(Part, frozen=True):
     folder: str
     """Path of the revision's folder below the model store, e.g. `mod_…/1`."""
     signature: str
+
+
+class ModelRef(WeightsRef, frozen=True):
+    """Exactly which weights: a job names its revision and never gets another.
+
+    base: of an adapter, the revision of the model that it stands on; both have one signature. The tokenizer is the
+    base's. None for a model with weights of its own.
+    """
+
+    base: WeightsRef | None = None
+
+    @property
+    def tokenizer_folder(self) -> str:
+        return self.folder if self.base is None else self.base.folder
 
 
 class SamplingParams(Part, frozen=True):

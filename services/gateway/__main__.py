@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -16,6 +16,7 @@ from services.gateway.management.idempotency import KEEP_S
 from services.gateway.model_import import ModelImporter
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
+from services.gateway.principal import ModelView
 from services.gateway.rate_limit import RateLimiter, RateRule
 from services.gateway.route_table import RouteTable
 from services.gateway.settings import GatewaySettings
@@ -49,7 +50,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     store, views = Store(database), Views(database)
     tokenizers = TokenizerPool(settings.model_store)
     key_cache = keys.KeyCache(store)
-    route_table = RouteTable(store, views, lambda models: tokenizers.prewarm(m.folder for m in models))
+    route_table = RouteTable(store, views, lambda models: tokenizers.prewarm(tokenizer_folders(models)))
     outbox, commands = Outbox(database, broker), CommandCaller(broker)
     owner = Owner(broker, outbox.add, commands.on_result)
     commands.reply_queue = owner.queue
@@ -95,6 +96,11 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     # Listening ends at once; running requests have `drain_timeout_s`, then they are cancelled and their jobs voided.
     await runner.cleanup()
     await flush(outbox)
+
+
+def tokenizer_folders(models: Sequence[ModelView]) -> list[str]:
+    """Return each folder once, where it comes last: adapters share their base's."""
+    return list(reversed(dict.fromkeys(model.tokenizer_folder for model in reversed(models))))
 
 
 def _gauge(name: str, description: str, read: Callable[[], int]) -> None:

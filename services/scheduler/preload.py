@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncpg
 
 from shared.database import Database
-from shared.messages import ModelRef
+from shared.messages import ModelRef, WeightsRef
 
 MAX_PRELOADED = 4
 
 # Asked for most lately first, then those never asked for, the oldest first. A pool hosts the platform's models.
 _MODELS = """
-    SELECT m.model_id, m.revision, m.name, m.folder, m.signature
+    SELECT m.model_id, m.revision, m.name, m.folder, m.signature, m.base_model_id, m.base_revision, m.base_name,
+           m.base_folder
     FROM gateway_api.models_v1 m
     LEFT JOIN LATERAL (
         SELECT max(r.accepted_at) AS last_asked FROM billing_api.requests_v1 r
@@ -32,10 +33,20 @@ async def models_to_preload(
 
 
 def _ref(row: asyncpg.Record) -> ModelRef:
+    base = None
+    if row["base_model_id"] is not None:
+        base = WeightsRef(
+            model_id=row["base_model_id"],
+            revision=row["base_revision"],
+            name=row["base_name"],
+            folder=row["base_folder"],
+            signature=row["signature"],
+        )
     return ModelRef(
         model_id=row["model_id"],
         revision=row["revision"],
         name=row["name"],
         folder=row["folder"],
         signature=row["signature"],
+        base=base,
     )

@@ -10,7 +10,7 @@ import msgspec
 
 from shared.inference.parameters import MAX_SEED, GenerationRequest
 from shared.inference.principal import ModelView, Principal, Route
-from shared.messages import BillingMode, GenerateJob, ModelRef, SamplingParams
+from shared.messages import BillingMode, GenerateJob, ModelRef, SamplingParams, WeightsRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,24 @@ def shared_fields(context: JobContext) -> dict[str, Any]:
             name=model.full_name,
             folder=model.folder,
             signature=model.signature,
+            base=_base(model),
         ),
         "owner_queue": context.owner_queue,
         "accepted_unix_ms": context.accepted_unix_ms,
         "deadline_unix_ms": context.accepted_unix_ms + int(context.deadline_s * 1000),
     }
+
+
+def _base(model: ModelView) -> WeightsRef | None:
+    if model.base is None:
+        return None
+    return WeightsRef(
+        model_id=model.base.model_id,
+        revision=model.base.revision,
+        name=model.base.full_name,
+        folder=model.base.folder,
+        signature=model.signature,
+    )
 
 
 def _sampling(wanted: GenerationRequest, first_choice: int, vocab_size: int) -> SamplingParams:

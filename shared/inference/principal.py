@@ -18,6 +18,16 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseView:
+    """The revision of a model that an adapter stands on."""
+
+    model_id: str
+    full_name: str
+    revision: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     """A registered model's current revision, as the route table sees it."""
 
@@ -34,10 +44,17 @@ class ModelView:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     created_unix_s: int
+    base: BaseView | None = None
+    """Set for an adapter."""
 
     @property
     def full_name(self) -> str:
         return f"{self.team_slug}/{self.name}"
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where tokenizer and chat template lie: an adapter has its base's."""
+        return self.folder if self.base is None else self.base.folder
 
 
 @dataclass(frozen=True, slots=True)

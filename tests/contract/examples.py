@@ -44,6 +44,7 @@ from shared.messages import (
     TokensGenerated,
     TurnOffResource,
     TurnOnResource,
+    WeightsRef,
     WorkerBeat,
     WorkerReport,
     WorkerSpec,
@@ -52,7 +53,14 @@ from shared.messages import (
 NOW_UNIX_MS = 1_793_980_800_123
 
 MODEL = ModelRef(
-    model_id="mod_1", revision=3, name="acme/helper", folder="mod_1/3", signature="0123456789abcdef"
+    model_id="mod_1",
+    revision=3,
+    name="acme/helper",
+    folder="mod_1/3",
+    signature="0123456789abcdef",
+    base=WeightsRef(
+        model_id="mod_2", revision=1, name="acme/base", folder="mod_2/1", signature="0123456789abcdef"
+    ),
 )
 
 SAMPLING = SamplingParams(

@@ -97,6 +97,13 @@ def test_what_older_processes_wrote_still_means_the_same(example: Message) -> No
     assert decoder(type(example)).decode(written_then) == example
 
 
+def test_a_model_of_a_process_that_knows_no_adapters_has_no_base() -> None:
+    written = {"model_id": "m", "revision": 1, "name": "t/m", "folder": "m/1", "signature": "s"}
+    ref = msgspec.convert(written, messages.ModelRef)
+    assert (ref.base, ref.tokenizer_folder) == (None, "m/1")
+    assert json.loads(msgspec.json.encode(ref)) == written
+
+
 def test_no_golden_file_is_left_over() -> None:
     assert {path.stem for path in FOLDER.iterdir()} == set(all_forms())
 

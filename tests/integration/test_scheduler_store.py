@@ -42,6 +42,7 @@ from shared.messages import (
     SchedulerCommand,
     TurnOffResource,
     TurnOnResource,
+    WeightsRef,
 )
 from shared.outcomes import Unavailable
 from tests.integration.fleet import empty_tables
@@ -450,6 +451,7 @@ async def test_a_worker_preloads_what_its_resource_was_asked_for_last(
                 FROM unnest(ARRAY['p1', 'p2', 'p3', 'q1']) WITH ORDINALITY AS names (n, k);
             INSERT INTO gateway.model_revisions (model_id, revision, folder, manifest, context_tokens)
                 SELECT model_id, 1, model_id || '/1', '{}', 8 FROM gateway.models;
+            UPDATE gateway.model_revisions SET base_model_id = 'mod_q1', base_revision = 1 WHERE model_id = 'mod_p3';
             INSERT INTO billing.requests (job_id, request_id, team_id, key_id, resource_id, billing_mode, work_class,
                 operation, model_type, model_id, model_name, revision, outcome, attempt, prompt_tokens,
                 completion_tokens, charged_nanousd, accepted_at, finished_at)
@@ -462,6 +464,10 @@ async def test_a_worker_preloads_what_its_resource_was_asked_for_last(
             ("mod_p1", "mod_p1/1", "p/p1"),
             ("mod_p3", "mod_p3/1", "p/p3"),
         ]
+        base = WeightsRef(
+            model_id="mod_q1", revision=1, name="q/q1", folder="mod_q1/1", signature="0123456789abcdef"
+        )
+        assert [ref.base for ref in refs] == [None, None, base]
         assert await models_to_preload(tables.database, "other", "res_p", "team_p") == []
     finally:
         await administrator.execute(

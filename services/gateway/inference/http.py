@@ -193,14 +193,20 @@ class _Handlers:
             with telemetry.span("tokenize"):
                 prompts, prompt_texts = await self._tokenize(wanted, context.model)
                 if wanted.bad_words:
-                    words = await self._deps.tokenizers.encode_words(context.model.folder, wanted.bad_words)
+                    words = await self._deps.tokenizers.encode_words(
+                        context.model.tokenizer_folder, wanted.bad_words
+                    )
                     wanted = wanted.with_bad_words(words)
             async with self._plan(wanted, prompts, context, measure) as generation:
                 if not wanted.stream:
                     return await self._answer(head, wanted, door, generation, prompts, prompt_texts, measure)
                 frames = door.frames(head, wanted, prompt_texts, len(prompts) * wanted.n)
                 times = self._deps.limits.stream
-                spell = None if wanted.sampling.logprobs is None else self._speller(context.model.folder)
+                spell = (
+                    None
+                    if wanted.sampling.logprobs is None
+                    else self._speller(context.model.tokenizer_folder)
+                )
                 stream = EventStream(request, times)
                 return await stream_answer(stream, generation, frames, measure, times, spell)
 
@@ -238,18 +244,18 @@ class _Handlers:
     ) -> tuple[list[Sequence[int]], list[str]]:
         """Token ids of each prompt, and its text if it is to be echoed."""
         if wanted.operation == "chat":
-            return [await self._deps.tokenizers.encode_chat(model.folder, wanted.messages)], []
+            return [await self._deps.tokenizers.encode_chat(model.tokenizer_folder, wanted.messages)], []
         prompts = await self._token_ids(wanted.prompts, model)
         texts = [prompt for prompt in wanted.prompts if isinstance(prompt, str)]
         if wanted.echo and not texts:
-            texts = await self._deps.tokenizers.decode(model.folder, prompts)
+            texts = await self._deps.tokenizers.decode(model.tokenizer_folder, prompts)
         return prompts, texts if wanted.echo else []
 
     async def _token_ids(self, prompts: Sequence[Prompt], model: ModelView) -> list[Sequence[int]]:
         """All are texts, or all are token ids already."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts:
-            return list(await self._deps.tokenizers.encode_texts(model.folder, texts))
+            return list(await self._deps.tokenizers.encode_texts(model.tokenizer_folder, texts))
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
     def _plan(
@@ -288,7 +294,7 @@ class _Handlers:
                 shown += [token for tokens in prompts for token in tokens[:1]]
                 ends = [end for end in generation.finished if end is not None]
                 shown += [token for end in ends for token in tokens_in(end.prompt_logprobs)]
-            spellings = await self._speller(generation.jobs[0].model.folder)(shown)
+            spellings = await self._speller(generation.jobs[0].model.tokenizer_folder)(shown)
         body = door.body(head, Answer(choices, generation, prompts, prompt_texts, spellings))
         return self._complete(generation, body, measure, [choice.finish_reason or "" for choice in choices])
 

@@ -6,8 +6,8 @@ from shared.inference.checks import check_vocabulary, choose_max_tokens, context
 from shared.inference.errors import ApiError
 from shared.inference.jobs import JobContext, build_jobs
 from shared.inference.parameters import MAX_SEED, GenerationRequest, parse_chat, parse_completion
-from shared.inference.principal import Route
-from shared.messages import GenerateJob
+from shared.inference.principal import BaseView, Route
+from shared.messages import GenerateJob, WeightsRef
 from tests.unit.gateway.inference.builders import EOS, finished, make_model, make_principal, make_route
 
 
@@ -50,6 +50,7 @@ def test_job_says_who_pays_where_it_runs_and_until_when() -> None:
     )
     assert (job.accepted_unix_ms, job.deadline_unix_ms) == (1_000, 301_000)
     assert (job.model.name, job.model.revision, job.model.folder) == ("acme/tiny", 3, "mod_1/3")
+    assert (job.model.base, job.model.tokenizer_folder) == (None, "mod_1/3")
     assert (job.request_id, job.owner_queue, job.max_tokens, job.operation) == (
         "req_1",
         "replies",
@@ -57,6 +58,16 @@ def test_job_says_who_pays_where_it_runs_and_until_when() -> None:
         "text_completion",
     )
     assert jobs_of(completion(), [1])[0].billing == "resource"
+
+
+def test_a_job_for_an_adapter_names_the_weights_below_it() -> None:
+    model = make_model(base=BaseView("mod_2", "platform/big", 4, "mod_2/4"))
+    context = JobContext("req_1", make_principal(), model, make_route(), "replies", 1_000, 300.0)
+    (job,) = build_jobs(completion(), [[1]], 5, context, lambda: "job_1")
+    assert (job.model.folder, job.model.tokenizer_folder) == ("mod_1/3", "mod_2/4")
+    assert job.model.base == WeightsRef(
+        model_id="mod_2", revision=4, name="platform/big", folder="mod_2/4", signature=model.signature
+    )
 
 
 @pytest.mark.parametrize(
