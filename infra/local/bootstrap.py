@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
             ensure_packages(os.environ)
             ensure_venv()
             ensure_kernels()
+            ensure_command()
     except SetupFailed as failure:
         fail(str(failure))
         return 1
@@ -254,6 +256,29 @@ def ensure_kernels() -> None:
             "    not compiled, the engine will be slower: "
             + done.stderr.decode(errors="replace").strip()[-300:]
         )
+
+
+def ensure_command() -> None:
+    """`.venv/bin/roundhouse`: the command of this clone, from whichever folder it is called."""
+    command, wanted = VENV / "bin" / "roundhouse", command_text(ROOT, VENV)
+    if command.is_file() and command.read_text() == wanted:
+        return
+    new = command.with_name(".roundhouse.new")
+    new.write_text(wanted)
+    new.chmod(0o755)
+    os.replace(str(new), str(command))
+
+
+def command_text(root: Path, venv: Path) -> str:
+    """The shell script that runs the clone's code: it is not installed as a package. Pure.
+
+    `-P`: a folder that happens to be called `services` where the user stands is not taken for ours.
+    """
+    python = shlex.quote(str(venv / "bin" / "python"))
+    return (
+        "#!/bin/sh\n# Written by set-up.\n"
+        f'PYTHONPATH={shlex.quote(str(root))} exec {python} -P -m services.cli "$@"\n'
+    )
 
 
 def _install_torch(log: Path) -> None:

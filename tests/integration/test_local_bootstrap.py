@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,31 @@ def test_missing_packages_without_root_or_sudo_name_the_command(monkeypatch: pyt
         SetupFailed, match="apt-get install -y --no-install-recommends redis-server postgresql"
     ):
         bootstrap.ensure_packages({})
+
+
+def test_the_roundhouse_command_runs_this_clone_s_code_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given an environment with a space in its path, and a folder that bears our packages' name
+    venv = tmp_path / "a venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    monkeypatch.setattr(bootstrap, "VENV", venv)
+    (tmp_path / "elsewhere" / "services").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "services" / "__init__.py").write_text("raise SystemExit('another services')\n")
+    # When set-up is run twice
+    bootstrap.ensure_command()
+    made = (venv / "bin" / "roundhouse").stat()
+    bootstrap.ensure_command()
+    # Then it was written once, and works from there
+    assert (venv / "bin" / "roundhouse").stat().st_mtime_ns == made.st_mtime_ns
+    done = subprocess.run(
+        [venv / "bin" / "roundhouse", "resources", "list"],
+        cwd=tmp_path / "elsewhere",
+        env={"PATH": "/usr/bin:/bin", "ROUNDHOUSE_URL": "gopher://x", "ROUNDHOUSE_API_KEY": "k"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "roundhouse: ROUNDHOUSE_URL is not an address: gopher://x\n"

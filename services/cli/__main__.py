@@ -1,0 +1,46 @@
+"""The `roundhouse` command: one Typer application made of the groups; what goes wrong is one line and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from services.cli import chat, models, resources, usage
+from services.cli.client import CliError
+from services.cli.output import print_error
+from shared.settings import SettingsError
+
+app = typer.Typer(
+    name="roundhouse",
+    help="Roundhouse from the shell. ROUNDHOUSE_URL and ROUNDHOUSE_API_KEY come from the environment or .local/env.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(resources.app, name="resources")
+app.add_typer(models.app, name="models")
+app.command()(chat.chat)
+app.command()(usage.usage)
+
+
+@app.callback()
+def _for_all(
+    team: Annotated[
+        str | None, typer.Option(help="Act for this team (its slug); needs a platform key.")
+    ] = None,
+) -> None:
+    """Options of all commands: `acting.api` reads them."""
+
+
+def main() -> int:
+    try:
+        app(prog_name="roundhouse")
+    except (CliError, SettingsError) as error:
+        print_error(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The HTTP client of all commands: JSON in and out, pages read to their end, streams read event by event."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from services.cli.settings import Server
+
+PAGE_ITEMS = 100
+TIMEOUT_S = 600.0
+"""Longer than the gateway's deadline of an answer (300 s): it is the gateway that says that a request took too long."""
+MAX_LINE_BYTES = 1 << 20
+
+
+class CliError(Exception):
+    """What the user is told, in one line; the command then ends with exit code 1."""
+
+
+class ApiClient:
+    """Calls of one server, acting for `team` (a slug; only a platform key may name another than its own)."""
+
+    def __init__(self, server: Server, team: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(server.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_good_port(parts):
+            raise CliError(f"ROUNDHOUSE_URL is not an address: {server.url}")
+        if not re.fullmatch(r"[\x21-\x7e]+", server.api_key):
+            raise CliError("ROUNDHOUSE_API_KEY has characters that no key has")
+        self._parts = parts
+        self._key = server.api_key
+        self._team = team
+        self.url = server.url
+        self.default_model = server.model
+
+    def get(self, path: str, **query: str | None) -> dict[str, Any]:
+        return self._json("GET", path, query)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, **query: str | None) -> dict[str, Any]:
+        return self._json("POST", path, query, body or {})
+
+    def patch(self, path: str, body: Mapping[str, Any], **query: str | None) -> dict[str, Any]:
+        return self._json("PATCH", path, query, body)
+
+    def list(self, path: str, **query: str | None) -> Iterator[dict[str, Any]]:
+        """Every item of a list, page after page."""
+        cursor: str | None = None
+        while True:
+            page = self.get(path, limit=str(PAGE_ITEMS), cursor=cursor, **query)
+            yield from page["data"]
+            cursor = page.get("next_cursor")
+            if not cursor:
+                return
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Events of a streamed answer. An error within the stream, or a stream that breaks off, is a `CliError`."""
+        with self._open("POST", path, {}, body) as answer:
+            while True:
+                line = answer.readline(MAX_LINE_BYTES)
+                if not line:
+                    raise CliError("the stream broke off")
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    return
+                event = _decode(data, self.url)
+                if "error" in event:
+                    raise CliError(_words_of(event))
+                yield event
+
+    def _json(
+        self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        with self._open(method, path, query, body) as answer:
+            raw = answer.read()
+        return _decode(raw, self.url) if raw else {}
+
+    @contextmanager
+    def _open(
+        self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        asked = {name: value for name, value in query.items() if value is not None}
+        if self._team is not None and path.startswith("/api/"):
+            asked["team"] = self._team
+        target = self._parts.path + path + ("?" + urllib.parse.urlencode(asked) if asked else "")
+        headers = {"Authorization": f"Bearer {self._key}", "Accept": "application/json"}
+        payload = None
+        if body is not None:
+            payload = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
+        try:
+            connection.request(method, target, payload, headers)
+            answer = connection.getresponse()
+            if answer.status >= 300:
+                raise CliError(_refusal(answer.status, answer.read()))
+            yield answer
+        except (OSError, http.client.HTTPException) as error:
+            raise CliError(f"{self.url} cannot be reached: {error}") from error
+        finally:
+            connection.close()
+
+
+def _has_good_port(parts: urllib.parse.SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
+def _decode(raw: bytes, url: str) -> dict[str, Any]:
+    try:
+        decoded = json.loads(raw)
+    except ValueError as error:
+        raise CliError(f"{url} does not answer as Roundhouse does") from error
+    if not isinstance(decoded, dict):
+        raise CliError(f"{url} does not answer as Roundhouse does")
+    return decoded
+
+
+def _refusal(status: int, raw: bytes) -> str:
+    try:
+        document = json.loads(raw)
+    except ValueError:
+        return f"the server answers with status {status}"
+    return _words_of(document) if isinstance(document, dict) else f"the server answers with status {status}"
+
+
+def _words_of(document: Mapping[str, Any]) -> str:
+    """The API's own message, with its code: of a problem (`/api`) or of an error in OpenAI's shape (`/v1`)."""
+    inner = document.get("error")
+    error = inner if isinstance(inner, dict) else document
+    message = error.get("message") or error.get("detail") or error.get("title") or "refused without a reason"
+    code = error.get("code")
+    return f"{message} ({code})" if code else str(message)
