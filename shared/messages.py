@@ -474,6 +474,23 @@ class ResidentModel(Part, frozen=True):
     model_id: str
     revision: int
     state: Literal["loading", "ready", "evicting", "failed"]
+    reason: str = ""
+    weight_bytes: int = 0
+
+
+class ModelHistory(Part, frozen=True):
+    """Of one model on one worker since the worker's start. Percentiles are of the latest loads.
+
+    hits: jobs that found the model ready; misses: those that it was loaded for.
+    """
+
+    model_id: str
+    revision: int
+    loads: int = 0
+    load_ms_p50: int = 0
+    load_ms_p95: int = 0
+    hits: int = 0
+    misses: int = 0
 
 
 class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
@@ -490,6 +507,9 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     remaining_tokens: int = 0
     tokens_per_s: float = 0.0
     models: list[ResidentModel] = []
+    """All that are not absent; bounded, those used last first."""
+    history: list[ModelHistory] = []
+    """Bounded, those that changed last first: whoever reads it keeps what it was told of the others."""
     detail: str = ""
 
 

@@ -91,6 +91,16 @@ class RouteTable:
         ]
         return sorted(found, key=lambda m: m.name)
 
+    def models_that_may_run(self, team_slug: str, model_type: str, *, pool: bool) -> list[ModelView]:
+        """Return what a resource of the team may be asked for, by id: its own models of the type and the platform's, on a
+        shared pool those of all teams."""
+        found = [
+            m
+            for m in self._snapshot.models.values()
+            if m.model_type == model_type and (pool or m.team_slug in (team_slug, PLATFORM_SLUG))
+        ]
+        return sorted(found, key=lambda m: m.model_id)
+
     async def refresh(self) -> None:
         """Renew the snapshot. Raises `Unavailable` and keeps the old one."""
         async with self._lock:

@@ -71,6 +71,14 @@ class Views:
             resource_ids,
         )
 
+    async def worker_models(self, resource_id: str, model_ids: list[str]) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM scheduler_api.worker_models_v1 WHERE resource_id = $1 AND model_id = ANY($2)"
+            " ORDER BY model_id, place, revision",
+            resource_id,
+            model_ids,
+        )
+
     async def decisions(self, resource_id: str, before: int, limit: int) -> list[asyncpg.Record]:
         """Return the newest decisions with an id below `before`."""
         return await self._database.fetch(

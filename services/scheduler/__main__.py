@@ -13,6 +13,7 @@ from services.scheduler.handlers import CommandHandler, ReportListener
 from services.scheduler.leader import Leader
 from services.scheduler.lease import Lease
 from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.settings import SchedulerSettings
 from services.scheduler.store import Store
 from shared import topology
@@ -36,7 +37,8 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     fleet = Fleet()
     lease = Lease(database, instance_id, settings.lease_s)
     metrics = SchedulerMetrics(lambda: lease.is_leader)
-    leader = Leader(broker, Store(database, lease), lease, fleet, settings.limits, metrics, settings.tick_s)
+    store, residency = Store(database, lease), ResidencyKeeper(database, lease)
+    leader = Leader(broker, store, residency, lease, fleet, settings.limits, metrics, settings.tick_s)
     commands = CommandHandler(broker, Desired(database, partial(_declare_job_queues, broker)), fleet.changed)
 
     await broker.subscribe(

@@ -16,6 +16,7 @@ from services.scheduler.fleet import Fleet, Watch
 from services.scheduler.handlers import delete_job_queues
 from services.scheduler.lease import Fenced, Lease
 from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.snapshot import (
     Decided,
     Heard,
@@ -39,6 +40,7 @@ START_DEADLINE_S = 10.0
 LOOKS_IN_A_ROW = 8
 """Enough for any chain of steps (free, grant, send); the lease is looked after in between."""
 NODES_NOTED_EVERY_S = 2.0
+MODELS_NOTED_EVERY_S = 1.0
 PRUNE_EVERY_S = 60.0
 FORGET_EVERY_S = 60.0
 
@@ -48,6 +50,7 @@ class Leader:
         self,
         broker: Broker,
         store: Store,
+        residency: ResidencyKeeper,
         lease: Lease,
         fleet: Fleet,
         limits: Limits,
@@ -56,6 +59,7 @@ class Leader:
     ) -> None:
         self._broker = broker
         self._store = store
+        self._residency = residency
         self._lease = lease
         self._fleet = fleet
         self._limits = limits
@@ -67,6 +71,7 @@ class Leader:
         self._last_exit_at: dict[str, float] = {}
         self._queues_checked_for: int | None = None
         self._nodes_noted_s = 0.0
+        self._models_noted_s = 0.0
         self._pruned_s = 0.0
         self._forgot_s = 0.0
 
@@ -140,6 +145,9 @@ class Leader:
         if time.monotonic() - self._nodes_noted_s > NODES_NOTED_EVERY_S:
             self._nodes_noted_s = time.monotonic()
             await self._store.note_nodes(heard.nodes.values())
+        if time.monotonic() - self._models_noted_s > MODELS_NOTED_EVERY_S:
+            self._models_noted_s = time.monotonic()
+            await self._residency.keep(stored, heard.workers)
         self._forget_sent(stored)
         self._metrics.looked(stored, time.monotonic() - started_s)
         return changed

@@ -75,6 +75,8 @@ class Held:
     received_s: float
     lane: int
     span: Span
+    found_ready: bool = False
+    """Whether its model was ready when it came."""
     state: HeldState = HeldState.WAITING
     attempt: int = 0
     is_granted: bool = False

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection
 import structlog
 
 from services.worker.held import Held, HeldState
+from services.worker.residency import Residency
 from shared.broker import Broker
-from shared.messages import ResidentModel, WorkerPhase, WorkerReport, WorkerSpec
+from shared.messages import WorkerPhase, WorkerReport, WorkerSpec
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()
@@ -29,12 +30,12 @@ class Reporter:
         broker: Broker,
         spec: WorkerSpec,
         held: Callable[[], Collection[Held]],
-        models: Callable[[], list[ResidentModel]],
+        residency: Residency,
     ) -> None:
         self._broker = broker
         self._spec = spec
         self._held = held
-        self._models = models
+        self._residency = residency
         self._now = asyncio.Event()
         self._tokens = 0
         self._tokens_per_s = 0.0
@@ -77,7 +78,8 @@ class Reporter:
             held_jobs=len(held),
             remaining_tokens=sum(each.remaining_tokens() for each in running),
             tokens_per_s=round(self._tokens_per_s, 3),
-            models=self._models(),
+            models=self._residency.report(),
+            history=self._residency.history.report(),
         )
         try:
             await self._broker.send_event(report)

@@ -18,6 +18,7 @@ import structlog
 
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
+from services.worker.model_history import ModelHistories
 from services.worker.pull_snapshot import ModelKey, ModelSlot
 from shared.messages import ModelRef, ResidentModel
 from shared.model_folder import ModelManifest
@@ -25,6 +26,8 @@ from shared.model_folder import ModelManifest
 log = structlog.get_logger()
 
 RETRY_FAILED_S = 30.0
+MOST_REPORTED = 256
+MOST_REASON = 200
 _BYTES_FACTOR = {"bf16": 1.0, "fp32": 2.0, "int8": 0.8}
 """Memory for weights relative to the bf16 files; int8 keeps embeddings in bf16. Replaced by the truth once loaded."""
 
@@ -55,6 +58,7 @@ class Residency:
         self._models: dict[ModelKey, _Resident] = {}
         self._sizes: dict[ModelKey, int] = {}
         self._swap_s: dict[ModelKey, float] = {}
+        self.history = ModelHistories()
 
     def slots(self) -> dict[ModelKey, ModelSlot]:
         """Models that take memory now."""
@@ -92,10 +96,22 @@ class Residency:
         return costs
 
     def report(self) -> list[ResidentModel]:
+        """Bounded; those used last come first, failed ones last."""
+        newest = sorted(self._models.items(), key=lambda item: -item[1].last_used_s)
         return [
-            ResidentModel(model_id=key[0], revision=key[1], state=model.state)
-            for key, model in self._models.items()
+            ResidentModel(
+                model_id=key[0],
+                revision=key[1],
+                state=model.state,
+                reason=model.reason[:MOST_REASON],
+                weight_bytes=model.weight_bytes,
+            )
+            for key, model in newest[:MOST_REPORTED]
         ]
+
+    def is_ready(self, key: ModelKey) -> bool:
+        model = self._models.get(key)
+        return model is not None and model.state == "ready"
 
     def touch(self, key: ModelKey) -> None:
         if (model := self._models.get(key)) is not None:
@@ -145,6 +161,7 @@ class Residency:
         self._sizes[key] = info.weight_bytes
         self._models[key] = _Resident("ready", info.weight_bytes, time.monotonic())
         self._swap_s[key] = time.monotonic() - started_s
+        self.history.note_load(key, self._swap_s[key])
         log.info(
             "model_loaded",
             model_id=key[0],

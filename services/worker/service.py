@@ -99,7 +99,7 @@ class Worker:
         self._taking = Taking(broker, queues, self._on_job, spec.max_batch + lookahead)
         self._aside_until_s: float | None = None
         self._wake = asyncio.Event()
-        self._reporter = Reporter(broker, spec, self._held.values, self._residency.report)
+        self._reporter = Reporter(broker, spec, self._held.values, self._residency)
         self._drained = asyncio.Event()
         self._group: asyncio.TaskGroup
         meter = telemetry.meter()
@@ -247,6 +247,7 @@ class Worker:
             )
             held = self._held[job.job_id] = Held(job, [delivery], time.monotonic(), lane, span)
             held.hold_until_s = held.received_s + self._settings.most_hold_s
+            held.found_ready = self._residency.is_ready(held.model)
             if self._owners.was_lost(job.owner_queue):
                 held.not_before_s = held.received_s + CLAIM_PAUSE_S
                 self._group.create_task(self._drop_if_owner_is_gone(held))
@@ -343,6 +344,9 @@ class Worker:
         others, only its owner knows. (The flag may be wrong after a crash of the broker; then attempts still count.)
         """
         held.state = HeldState.CLAIMING
+        if not held.claim_id:
+            hit = held.found_ready and held.swap_started_unix_ns is None
+            self._residency.history.note_claim(held.model, hit=hit)
         held.claim_id = held.claim_id or new_id("clm")
         is_first = held.claims_total == 0 and not held.deliveries[0].redelivered
         if begin_at_once and is_first and self._residency.failure(held.model) is None:

@@ -26,6 +26,7 @@ from shared.messages import (
     JobUsage,
     JobVoided,
     Message,
+    ModelHistory,
     ModelRef,
     NodeDevice,
     NodeProcess,
@@ -296,7 +297,20 @@ EXAMPLES: tuple[Message, ...] = (
         held_jobs=5,
         remaining_tokens=400,
         tokens_per_s=123.5,
-        models=[ResidentModel(model_id="mod_1", revision=3, state="ready")],
+        models=[
+            ResidentModel(
+                model_id="mod_1",
+                revision=3,
+                state="failed",
+                reason="the model's manifest cannot be read",
+                weight_bytes=269_060_552,
+            )
+        ],
+        history=[
+            ModelHistory(
+                model_id="mod_1", revision=3, loads=7, load_ms_p50=210, load_ms_p95=480, hits=40, misses=6
+            )
+        ],
         detail="one model could not be loaded",
     ),
 )

@@ -29,6 +29,7 @@ DELETES = {
     "scheduler.decisions",
     "scheduler.nodes",
     "scheduler.dead_letters",
+    "scheduler.worker_models",
     "billing.requests",
     "billing.command_results",
 }

@@ -6,6 +6,7 @@ from services.gateway.management.acting import ManagementDeps
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
 from services.gateway.management.options_prices import OptionsAndPrices
+from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
 from services.gateway.management.teams import Teams
 from services.gateway.management.usage import Usage
@@ -16,5 +17,7 @@ __all__ = ["ManagementDeps", "routes"]
 
 def routes(deps: ManagementDeps) -> list[RouteSpec]:
     """Return all routes of the management API."""
-    parts = (Teams(deps), Keys(deps), Models(deps), OptionsAndPrices(deps), Resources(deps), Usage(deps))
+    parts = (
+        Teams(deps), Keys(deps), Models(deps), OptionsAndPrices(deps), Resources(deps), ResourceModels(deps), Usage(deps),
+    )  # fmt: skip
     return [spec for part in parts for spec in part.routes()]

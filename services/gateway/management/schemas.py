@@ -70,6 +70,15 @@ RESOURCE = obj(
     models=array(obj(model_id=TEXT, name=TEXT, revision=COUNT, url=TEXT, snippet=TEXT)),
     created_at=TIME, changed_at=TIME,
 )  # fmt: skip
+RESOURCE_MODEL = obj(
+    model_id=TEXT, name=TEXT, revision=COUNT,
+    workers=array(obj(
+        place=COUNT, worker_id=TEXT, place_state=TEXT, revision=COUNT,
+        state={"enum": ["absent", "loading", "ready", "evicting", "failed"]}, reason=TEXT, weight_bytes=COUNT,
+        swaps=COUNT, swap_ms_p50=OPTIONAL_NUMBER, swap_ms_p95=OPTIONAL_NUMBER, hits=COUNT, misses=COUNT,
+        changed_at=OPTIONAL_TIME,
+    )),
+)  # fmt: skip
 DECISION = obj(decision_id=COUNT, decided_at=TIME, action=TEXT, words=TEXT)
 USAGE_ROW = obj(
     group=OPTIONAL_TEXT, requests=COUNT, prompt_tokens=COUNT, completion_tokens=COUNT, tokens_nanousd=INTEGER,
