@@ -21,6 +21,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from services.gateway import edge, keys, management, public
 from services.gateway.commands import CommandCaller
 from services.gateway.model_import import ModelImporter
+from services.gateway.model_registry import ModelRegistry
 from services.gateway.openapi import PROBLEM
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
@@ -65,6 +66,7 @@ class Gateway:
     database: Database
     broker: Broker
     store: Store
+    models: ModelRegistry
     key_cache: keys.KeyCache
     routes: RouteTable
     outbox: Outbox
@@ -236,8 +238,8 @@ async def running_gateway(
         broker = await Broker.open(amqp_url, "gateway-test", stack)
         group = await stack.enter_async_context(asyncio.TaskGroup())
 
-        store, views = Store(database), Views(database)
-        key_cache, routes = keys.KeyCache(store), RouteTable(store, views)
+        store, registry, views = Store(database), ModelRegistry(database), Views(database)
+        key_cache, routes = keys.KeyCache(store), RouteTable(registry, views)
         outbox, commands = Outbox(database, broker), CommandCaller(broker)
         owner = Owner(broker, outbox.add, commands.on_result)
         commands.reply_queue = owner.queue
@@ -264,7 +266,7 @@ async def running_gateway(
             ):
                 background.append(group.create_task(broker.consume(queue, of, stand_in.on_command)))
         importer = ModelImporter(import_dir, model_store, asyncio.Lock())
-        deps = management.ManagementDeps(store, views, routes, key_cache, commands, importer, None)
+        deps = management.ManagementDeps(store, registry, views, routes, key_cache, commands, importer, None)
         specs = public.with_openapi([*management.routes(deps), *public.routes(list)])
         runner = edge.build_runner(edge.build_app(specs, key_cache, edge.EdgeLimits()), drain_timeout_s=0.1)
         await runner.setup()
@@ -273,7 +275,7 @@ async def running_gateway(
         await site.start()
         try:
             yield Gateway(
-                f"http://127.0.0.1:{site.port}", session, sql, database, broker, store, key_cache, routes, outbox, specs,
+                f"http://127.0.0.1:{site.port}", session, sql, database, broker, store, registry, key_cache, routes, outbox, specs,
                 import_dir, model_store, seen, turned_off,
             )  # fmt: skip
         finally:

@@ -14,6 +14,7 @@ from services.gateway.inference import http as inference
 from services.gateway.inference.measures import InferenceMetrics
 from services.gateway.management.idempotency import KEEP_S
 from services.gateway.model_import import ModelImporter
+from services.gateway.model_registry import ModelRegistry
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.principal import ModelView
@@ -35,8 +36,8 @@ from shared.settings import SettingsError
 log = structlog.get_logger()
 ROLE = "roundhouse_gateway"
 SWEEP_S = 3600.0
-DELETED_MODEL_KEEP_S = 24 * 3600.0
-"""How long a deleted model's files stay: far longer than any job that names them."""
+UNUSED_MODEL_KEEP_S = 24 * 3600.0
+"""How long the files of deleted models and removed revisions stay: far longer than any job that names them."""
 OUTBOX_FLUSH_S = 5.0
 
 
@@ -47,10 +48,10 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     limiter = RateLimiter(settings.redis_url, rule, life.stack)
     gate = admission.Gate(limiter, admission.Limits(settings.team_in_flight, settings.gateway_in_flight))
 
-    store, views = Store(database), Views(database)
+    store, registry, views = Store(database), ModelRegistry(database), Views(database)
     tokenizers = TokenizerPool(settings.model_store)
     key_cache = keys.KeyCache(store)
-    route_table = RouteTable(store, views, lambda models: tokenizers.prewarm(tokenizer_folders(models)))
+    route_table = RouteTable(registry, views, lambda models: tokenizers.prewarm(tokenizer_folders(models)))
     outbox, commands = Outbox(database, broker), CommandCaller(broker)
     owner = Owner(broker, outbox.add, commands.on_result)
     commands.reply_queue = owner.queue
@@ -62,12 +63,12 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     life.group.create_task(key_cache.keep_fresh())
     life.group.create_task(outbox.relay())
     life.group.create_task(sweep_idempotency(store))
-    life.group.create_task(sweep_models(store, importer))
+    life.group.create_task(sweep_models(registry, importer))
     life.group.create_task(limiter.keep_leases())
     tokenizers.start(life.group)
 
     api = management.ManagementDeps(
-        store, views, route_table, key_cache, commands, importer, settings.public_url
+        store, registry, views, route_table, key_cache, commands, importer, settings.public_url
     )
     generation = inference.InferenceDeps(
         route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
@@ -127,15 +128,15 @@ async def sweep_idempotency(store: Store) -> None:
         await asyncio.sleep(SWEEP_S)
 
 
-async def sweep_models(store: Store, importer: ModelImporter) -> None:
+async def sweep_models(registry: ModelRegistry, importer: ModelImporter) -> None:
     while True:
         try:
-            swept = await importer.sweep(await store.models_deleted_before(DELETED_MODEL_KEEP_S))
+            swept = await importer.sweep(await registry.folders_unused_for(UNUSED_MODEL_KEEP_S))
         except Unavailable as error:
-            log.warning("deleted_models_not_swept", error=str(error))
+            log.warning("unused_models_not_swept", error=str(error))
         else:
             if swept:
-                log.info("deleted_models_swept", count=len(swept))
+                log.info("unused_models_swept", count=len(swept))
         await asyncio.sleep(SWEEP_S)
 
 

@@ -83,9 +83,8 @@ class ModelImporter:
         except ModelFolderError as error:
             raise bad_request(error.code.value, error.message[:300], "path") from error
 
-    async def take(self, folder: Path, manifest: ModelManifest, model_id: str, revision: int) -> str:
-        """Copy the manifest's files into the store; return the revision's folder below it."""
-        name = f"{model_id}/{revision}"
+    async def take(self, folder: Path, manifest: ModelManifest, name: str) -> None:
+        """Copy the manifest's files into the store, as the folder `name` below it."""
         work = asyncio.get_running_loop().run_in_executor(
             None, self._copy, folder, manifest, self.store / name
         )
@@ -96,24 +95,23 @@ class ModelImporter:
             await asyncio.wait([work])
             raise
         except OSError as error:
-            log.error("model_copy_failed", model_id=model_id, error=str(error))
+            log.error("model_copy_failed", folder=name, error=str(error))
             raise ApiError(507, "store_full", "The model could not be written to the store.") from error
-        return name
 
-    async def remove(self, model_id: str) -> None:
-        """Remove what `take` made, of a registration that failed later."""
-        await asyncio.to_thread(shutil.rmtree, self.store / model_id, ignore_errors=True)
+    async def remove(self, name: str) -> None:
+        """Remove what `take` made, of a registration that failed later: a revision's folder, or all of a model's."""
+        await asyncio.to_thread(shutil.rmtree, self.store / name, ignore_errors=True)
 
-    async def sweep(self, model_ids: Iterable[str]) -> list[str]:
-        """Remove the files of models that were deleted, and return of which there were any."""
-        found = [model_id for model_id in model_ids if (self.store / model_id).is_dir()]
-        for model_id in found:
+    async def sweep(self, names: Iterable[str]) -> list[str]:
+        """Remove the folders of models and revisions that are gone, and return which of them there were."""
+        found = await asyncio.to_thread(lambda: [name for name in names if (self.store / name).is_dir()])
+        for name in found:
             try:
-                await asyncio.to_thread(shutil.rmtree, self.store / model_id)
+                await asyncio.to_thread(shutil.rmtree, self.store / name)
             except FileNotFoundError:
                 continue  # another gateway is at it, too
             except OSError as error:
-                log.error("deleted_model_not_removed", model_id=model_id, error=str(error))
+                log.error("unused_model_not_removed", folder=name, error=str(error))
         return found
 
     def _copy(self, folder: Path, manifest: ModelManifest, target: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import structlog
 
 from services.gateway.errors import ApiError
+from services.gateway.model_registry import ModelRegistry
 from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from services.gateway.routing import choose_route
-from services.gateway.store import Store
 from services.gateway.views import Views
 from shared.outcomes import Unavailable
 
@@ -30,7 +30,7 @@ WhenOff = Callable[[str, str, str], Awaitable[int]]
 """`owner.fail_queued(resource_id, code, message)`: ends the jobs that wait for a resource that was turned off."""
 
 ModelsChanged = Callable[[Sequence[ModelView]], None]
-"""Told all models, the newest last, whenever there is another one or one less."""
+"""Told all models, the newest last, whenever one of them came, went or was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class RouteTable:
     """Answers which model a name means, and where it runs."""
 
     def __init__(
-        self, store: Store, views: Views, models_changed: ModelsChanged = lambda _models: None
+        self, registry: ModelRegistry, views: Views, models_changed: ModelsChanged = lambda _models: None
     ) -> None:
-        self._store = store
+        self._registry = registry
         self._views = views
         self._models_changed = models_changed
         self._snapshot = Snapshot()
@@ -104,10 +104,10 @@ class RouteTable:
     async def refresh(self) -> None:
         """Renew the snapshot. Raises `Unavailable` and keeps the old one."""
         async with self._lock:
-            stamp = await self._store.model_stamp()
+            stamp = await self._registry.stamp()
             models = self._snapshot.models
             if stamp != self._model_stamp:
-                models = {(m.team_slug, m.name): m for m in await self._store.models()}
+                models = {(m.team_slug, m.name): m for m in await self._registry.models()}
                 self._models_changed(sorted(models.values(), key=lambda m: m.created_unix_s))
             resources = tuple(await self._views.route_resources())
             still_on = {r.resource_id for r in resources if r.wanted == "on"}

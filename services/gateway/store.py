@@ -1,4 +1,5 @@
-"""All SQL on the gateway's own tables. Every query of a team's things takes the team's id.
+"""All SQL on the gateway's own tables but those of models (`model_registry.py`). Every query of a team's things takes
+the team's id.
 
 Reads of other services' views are in `views.py`. A refused row that means something to a client (a name taken) comes
 back as a value; everything else that PostgreSQL refuses is a bug and raises.
@@ -7,19 +8,16 @@ back as a value; everything else that PostgreSQL refuses is a bug and raises.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import asyncpg
 
-from services.gateway.principal import ModelView, Principal
+from services.gateway.principal import Principal
 from shared.database import Database
 
 KEYS_PER_TEAM = 50
-MODELS_PER_TEAM = 500
-"""Every gateway holds all models in memory, and each is a folder on the store's disk."""
 
 Row = asyncpg.Record
 
@@ -28,25 +26,6 @@ _PRINCIPAL = """
     FROM gateway.api_keys k JOIN gateway.teams t USING (team_id)
     WHERE k.revoked_at IS NULL AND k.secret_sha256 = ANY($1)
 """
-_MODEL = """
-    SELECT m.model_id, m.team_id, t.slug, m.name, m.signature, m.created_at, r.revision, r.folder, r.context_tokens,
-           (r.manifest->>'vocab_size')::int AS vocab_size, r.manifest->'eos_token_ids' AS eos_token_ids,
-           y.name AS model_type
-    FROM gateway.models m JOIN gateway.teams t USING (team_id) JOIN gateway.model_types y USING (signature)
-    JOIN gateway.model_revisions r ON r.model_id = m.model_id AND r.revision = m.current_revision
-    WHERE m.deleted_at IS NULL
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class NewModel:
-    model_id: str
-    team_id: str
-    name: str
-    signature: str
-    folder: str
-    manifest: Mapping[str, Any]
-    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,112 +191,6 @@ class Store:
             )
             return digest
 
-    # ---- models
-
-    async def model_stamp(self) -> tuple[Any, ...]:
-        """Return a value that changes whenever the set of models does."""
-        row = await self._database.fetchrow(
-            "SELECT count(*), count(deleted_at), max(created_at), max(deleted_at), sum(current_revision)"
-            " FROM gateway.models"
-        )
-        return tuple(row) if row else ()
-
-    async def models(self) -> list[ModelView]:
-        """Return every model of every team."""
-        return [_model(row) for row in await self._database.fetch(_MODEL)]
-
-    async def models_of(self, team_id: str, after: str, limit: int) -> list[ModelView]:
-        sql = _MODEL + " AND m.team_id = $1 AND m.model_id > $2 ORDER BY m.model_id LIMIT $3"
-        return [_model(row) for row in await self._database.fetch(sql, team_id, after, limit)]
-
-    async def model(self, team_id: str, model_id: str) -> ModelView | None:
-        sql = _MODEL + " AND m.team_id = $1 AND m.model_id = $2"
-        row = await self._database.fetchrow(sql, team_id, model_id)
-        return None if row is None else _model(row)
-
-    async def has_model_named(self, team_id: str, name: str) -> bool:
-        sql = "SELECT 1 FROM gateway.models WHERE team_id = $1 AND name = $2 AND deleted_at IS NULL"
-        return await self._database.fetchrow(sql, team_id, name) is not None
-
-    async def model_type(self, signature: str) -> str | None:
-        row = await self._database.fetchrow(
-            "SELECT name FROM gateway.model_types WHERE signature = $1", signature
-        )
-        return None if row is None else row["name"]
-
-    async def model_types(self) -> list[asyncpg.Record]:
-        return await self._database.fetch(
-            "SELECT name, signature, architecture, parameter_count FROM gateway.model_types ORDER BY name"
-        )
-
-    async def ensure_model_type(self, signature: str, name: str, architecture: str, parameters: int) -> str:
-        """Return the name of the type; an existing one keeps its own. Raises `NameTaken` by another signature."""
-        try:
-            async with self._database.transaction() as connection:
-                await connection.execute(
-                    "INSERT INTO gateway.model_types (signature, name, architecture, parameter_count)"
-                    " VALUES ($1, $2, $3, $4) ON CONFLICT (signature) DO NOTHING",
-                    signature,
-                    name,
-                    architecture,
-                    parameters,
-                )
-                found: str = await connection.fetchval(
-                    "SELECT name FROM gateway.model_types WHERE signature = $1", signature
-                )
-                return found
-        except asyncpg.UniqueViolationError as error:
-            raise NameTaken from error
-
-    async def add_model(self, model: NewModel) -> None:
-        """Raises `NameTaken`, or `LimitReached` when the team has `MODELS_PER_TEAM` models."""
-        try:
-            async with self._database.transaction() as connection:
-                await connection.fetchval(
-                    "SELECT 1 FROM gateway.teams WHERE team_id = $1 FOR UPDATE", model.team_id
-                )
-                held = await connection.fetchval(
-                    "SELECT count(*) FROM gateway.models WHERE team_id = $1 AND deleted_at IS NULL",
-                    model.team_id,
-                )
-                if held >= MODELS_PER_TEAM:
-                    raise LimitReached
-                await connection.execute(
-                    "INSERT INTO gateway.models (model_id, team_id, name, signature) VALUES ($1, $2, $3, $4)",
-                    model.model_id,
-                    model.team_id,
-                    model.name,
-                    model.signature,
-                )
-                await connection.execute(
-                    "INSERT INTO gateway.model_revisions (model_id, revision, folder, manifest, context_tokens)"
-                    " VALUES ($1, 1, $2, $3, $4)",
-                    model.model_id,
-                    model.folder,
-                    json.dumps(model.manifest),
-                    model.context_tokens,
-                )
-        except asyncpg.UniqueViolationError as error:
-            raise NameTaken from error
-
-    async def delete_model(self, team_id: str, model_id: str) -> bool:
-        """Return whether the team had this model. Its files stay for a while: jobs on the way name the revision."""
-        async with self._database.transaction() as connection:
-            found = await connection.fetchval(
-                "UPDATE gateway.models SET deleted_at = now()"
-                " WHERE team_id = $1 AND model_id = $2 AND deleted_at IS NULL RETURNING 1",
-                team_id,
-                model_id,
-            )
-            return found is not None
-
-    async def models_deleted_before(self, age_s: float) -> list[str]:
-        """Return the ids of all models that were deleted at least so long ago."""
-        rows = await self._database.fetch(
-            "SELECT model_id FROM gateway.models WHERE deleted_at <= now() - make_interval(secs => $1)", age_s
-        )
-        return [row["model_id"] for row in rows]
-
     # ---- idempotency keys
 
     async def begin_idempotent(
@@ -343,6 +216,16 @@ class Store:
             return await connection.fetchrow(
                 "SELECT request_sha256, status, response FROM gateway.idempotency_keys"
                 " WHERE team_id = $1 AND key = $2",
+                team_id,
+                key,
+            )
+
+    async def renew_idempotent(self, team_id: str, key: str) -> None:
+        """Say that the key's first request still runs."""
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "UPDATE gateway.idempotency_keys SET created_at = now()"
+                " WHERE team_id = $1 AND key = $2 AND status IS NULL",
                 team_id,
                 key,
             )
@@ -377,21 +260,3 @@ def _one(row: asyncpg.Record | None) -> Row:
     if row is None:
         raise RuntimeError("a statement that returns one row returned none")
     return row
-
-
-def _model(row: asyncpg.Record) -> ModelView:
-    created: datetime = row["created_at"]
-    return ModelView(
-        model_id=row["model_id"],
-        team_id=row["team_id"],
-        team_slug=row["slug"],
-        name=row["name"],
-        revision=row["revision"],
-        folder=row["folder"],
-        signature=row["signature"],
-        model_type=row["model_type"],
-        context_tokens=row["context_tokens"],
-        vocab_size=row["vocab_size"],
-        eos_token_ids=tuple(json.loads(row["eos_token_ids"])),
-        created_unix_s=int(created.timestamp()),
-    )

@@ -46,6 +46,8 @@ class ModelView:
     created_unix_s: int
     base: BaseView | None = None
     """Set for an adapter."""
+    version: int = 1
+    """Counts the changes of its row."""
 
     @property
     def full_name(self) -> str:

@@ -87,7 +87,7 @@ async def test_a_team_has_a_bounded_number_of_keys_and_models(
     assert (await gateway.call("DELETE", f"/api/keys/{made.json['key_id']}", key=key)).status == 204
     assert (await gateway.call("POST", "/api/keys", body, key=key)).status == 201
 
-    monkeypatch.setattr("services.gateway.store.MODELS_PER_TEAM", 1)
+    monkeypatch.setattr("services.gateway.model_registry.MODELS_PER_TEAM", 1)
     model = await register(gateway, "tiny", key=key)
     stored = sorted(path.name for path in gateway.model_store.iterdir())
     refused = await gateway.call("POST", "/api/models", {"name": "tiny-2", "path": "tiny"}, key=key)
@@ -278,13 +278,13 @@ async def test_a_deleted_models_files_are_removed_later_and_only_its_own(gateway
     importer = ModelImporter(gateway.import_dir, gateway.model_store, asyncio.Lock())
 
     # Jobs on the way may still name it
-    assert await importer.sweep(await gateway.store.models_deleted_before(3600)) == []
+    assert await importer.sweep(await gateway.models.folders_unused_for(3600)) == []
     assert (gateway.model_store / gone["model_id"]).is_dir()
 
-    assert await importer.sweep(await gateway.store.models_deleted_before(0)) == [gone["model_id"]]
+    assert await importer.sweep(await gateway.models.folders_unused_for(0)) == [gone["model_id"]]
     assert [folder.name for folder in gateway.model_store.iterdir()] == [kept["model_id"]]
     assert (gateway.import_dir / "gone" / "config.json").exists()
-    assert await importer.sweep(await gateway.store.models_deleted_before(0)) == []
+    assert await importer.sweep(await gateway.models.folders_unused_for(0)) == []
 
 
 async def test_a_revoked_key_stops_working_and_lists_show_no_secret(gateway: Gateway) -> None:

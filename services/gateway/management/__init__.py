@@ -8,6 +8,7 @@ from services.gateway.management.models import Models
 from services.gateway.management.options_prices import OptionsAndPrices
 from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
+from services.gateway.management.revisions import Revisions
 from services.gateway.management.teams import Teams
 from services.gateway.management.usage import Usage
 from services.gateway.routes import RouteSpec
@@ -18,6 +19,13 @@ __all__ = ["ManagementDeps", "routes"]
 def routes(deps: ManagementDeps) -> list[RouteSpec]:
     """Return all routes of the management API."""
     parts = (
-        Teams(deps), Keys(deps), Models(deps), OptionsAndPrices(deps), Resources(deps), ResourceModels(deps), Usage(deps),
-    )  # fmt: skip
+        Teams(deps),
+        Keys(deps),
+        Models(deps),
+        Revisions(deps),
+        OptionsAndPrices(deps),
+        Resources(deps),
+        ResourceModels(deps),
+        Usage(deps),
+    )
     return [spec for part in parts for spec in part.routes()]

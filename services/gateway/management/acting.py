@@ -18,6 +18,7 @@ from services.gateway.edge import spec_of
 from services.gateway.errors import ApiError, bad_request
 from services.gateway.keys import KeyCache
 from services.gateway.model_import import ModelImporter
+from services.gateway.model_registry import ModelRegistry
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import PLATFORM, principal_of
 from services.gateway.store import Row, Store
@@ -46,6 +47,7 @@ class ManagementDeps:
     """What the management API is made of."""
 
     store: Store
+    models: ModelRegistry
     views: Views
     routes: RouteTable
     keys: KeyCache
@@ -106,6 +108,20 @@ def path_id(request: web.Request, name: str) -> str:
     if not _ID.fullmatch(value):
         raise not_found()
     return value
+
+
+def is_bound_to(request: web.Request, tag: str) -> bool:
+    """Whether the request holds for the thing as `tag` has it alone. Raises `ApiError` 412 if it is for another."""
+    wanted = request.headers.get("If-Match", "*").strip()
+    if wanted == "*":
+        return False
+    if tag not in [each.strip() for each in wanted.split(",")]:
+        raise changed_since()
+    return True
+
+
+def changed_since() -> ApiError:
+    return ApiError(412, "precondition_failed", "It was changed since you read it.")
 
 
 def not_found() -> ApiError:

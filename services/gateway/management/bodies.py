@@ -49,6 +49,17 @@ class RegisterModel(Body):
     model_type: TypeName | None = None
 
 
+class AddRevision(Body):
+    path: Annotated[str, Meta(min_length=1, max_length=512, description="Folder below the import folder.")]
+
+
+class ChangeModel(Body):
+    name: ModelName | UnsetType = UNSET
+    revision: (
+        Annotated[int, Meta(ge=1, le=2_147_483_647, description="One of those that are kept.")] | UnsetType
+    ) = UNSET
+
+
 class CreateOption(Body):
     model_type: TypeName
     name: OptionName

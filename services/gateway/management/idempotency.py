@@ -28,7 +28,9 @@ from shared.outcomes import Unavailable
 log = structlog.get_logger()
 
 STALE_S = 60
-"""Longer than any request of ours runs but the registration of a large model, whose name then refuses a second one."""
+"""A key that was not renewed for so long belongs to a request that died with its gateway."""
+RENEW_S = 20
+"""Registering a large model takes minutes; meanwhile its key is held."""
 KEEP_S = 24 * 3600
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 ONE_TIME_FIELDS = ("secret",)
@@ -106,11 +108,15 @@ def idempotent(store: Store) -> Callable[[Handler], Handler]:
 async def _first(
     store: Store, team_id: str, key: str, running: Awaitable[web.StreamResponse]
 ) -> web.StreamResponse:
+    renewing = asyncio.ensure_future(_renew(store, team_id, key))
     try:
         response = await running
     except BaseException:
         await _quietly(store.forget_idempotent(team_id, key))
         raise
+    finally:
+        renewing.cancel()
+        await asyncio.wait([renewing])
     body: Any = None
     if isinstance(response, web.Response) and isinstance(response.body, bytes):
         body = json.loads(response.body)
@@ -118,6 +124,12 @@ async def _first(
         body = {name: None if name in ONE_TIME_FIELDS else value for name, value in body.items()}
     await _quietly(store.end_idempotent(team_id, key, response.status, body))
     return response
+
+
+async def _renew(store: Store, team_id: str, key: str) -> None:
+    while True:
+        await asyncio.sleep(RENEW_S)
+        await _quietly(store.renew_idempotent(team_id, key))
 
 
 async def _quietly(work: Awaitable[None]) -> None:

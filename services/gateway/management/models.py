@@ -1,11 +1,13 @@
-"""`/api/models` and `/api/model-types`: registration, URLs and snippets."""
+"""`/api/models` and `/api/model-types`: registration, names, URLs and snippets. Other revisions: `revisions.py`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 from aiohttp import web
+from msgspec import UNSET
 
 from services.gateway.edge import read_json
 from services.gateway.errors import ApiError, bad_request
@@ -17,17 +19,28 @@ from services.gateway.management.acting import (
     ManagementDeps,
     acting_team,
     answer,
+    changed_since,
+    is_bound_to,
     listing,
     not_found,
     page_of,
     path_id,
     query_of,
 )
-from services.gateway.management.bodies import RegisterModel, parse
+from services.gateway.management.bodies import ChangeModel, RegisterModel, parse
 from services.gateway.management.idempotency import idempotent
+from services.gateway.model_registry import (
+    MODELS_PER_TEAM,
+    HasAdapters,
+    ModelGone,
+    ModelRegistry,
+    NewRevision,
+    StaleVersion,
+    UnknownRevision,
+)
 from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
-from services.gateway.store import MODELS_PER_TEAM, LimitReached, NameTaken, NewModel
+from services.gateway.store import LimitReached, NameTaken
 from shared.ids import new_id
 from shared.model_folder import ModelManifest
 
@@ -35,6 +48,7 @@ from shared.model_folder import ModelManifest
 class Models:
     def __init__(self, deps: ManagementDeps) -> None:
         self._store = deps.store
+        self._registry = deps.models
         self._routes = deps.routes
         self._importer = deps.importer
         self._public_url = deps.public_url
@@ -55,6 +69,10 @@ class Models:
                 query=TEAM_QUERY,
             ),
             schemas.route(
+                "PATCH", "/api/models/{model_id}", self.change, MANAGE, "Rename a model, or choose another revision",
+                ChangeModel, {200: schemas.MODEL}, query=TEAM_QUERY,
+            ),
+            schemas.route(
                 "DELETE", "/api/models/{model_id}", self.delete, MANAGE, "Remove a model", answers={204: None},
                 query=TEAM_QUERY,
             ),
@@ -67,37 +85,35 @@ class Models:
     async def register(self, request: web.Request) -> web.Response:
         team = await acting_team(request, self._store)
         body = parse(await read_json(request), RegisterModel)
-        if await self._store.has_model_named(team.team_id, body.name):
+        if await self._registry.has_model_named(team.team_id, body.name):
             raise _name_taken()
         folder = self._importer.find(body.path)
         async with self._importer.one_at_a_time:
             manifest = await self._importer.check(folder)
-            model_type = await self._type_for(
-                manifest, body.model_type, PLATFORM in principal_of(request).scopes
-            )
+            await self._ensure_type(manifest, body.model_type, PLATFORM in principal_of(request).scopes)
             model = await self._add(team, body.name, manifest, folder)
         await self._routes.refresh_if_possible()
-        return answer(model_json(model, self.base_url(request)) | {"model_type": model_type}, 201)
+        return model_answer(model, base_url(request, self._public_url), 201)
 
-    async def _type_for(self, manifest: ModelManifest, named: str | None, may_name: bool) -> str:
-        """Return the name of the manifest's type, made if it is new. Raises `ApiError`:
+    async def _ensure_type(self, manifest: ModelManifest, named: str | None, may_name: bool) -> None:
+        """Make the manifest's type, if it is new. Raises `ApiError`:
 
         1. The type is known: a given name must be its name.
         2. The type is new: the platform may name it; for everyone else its name is derived.
         3. A name belongs to one type.
         """
-        known = await self._store.model_type(manifest.signature)
+        known = await self._registry.model_type(manifest.signature)
         if known is not None:  # 1
             if named not in (None, known):
                 raise bad_request("model_type_mismatch", f"The model is of the type '{known}'.", "model_type")
-            return known
+            return
         if named is not None and not may_name:  # 2
             raise ApiError(
                 403, "insufficient_scope", "Only the platform names a new model type.", param="model_type"
             )
         name = named or derived_type_name(manifest)
         try:
-            return await self._store.ensure_model_type(
+            await self._registry.ensure_model_type(
                 manifest.signature, name, manifest.architecture, manifest.parameter_count
             )
         except NameTaken as error:  # 3
@@ -108,18 +124,10 @@ class Models:
         model_id = new_id("mod")
         kept = False
         try:
-            stored = await self._importer.take(folder, manifest, model_id, 1)
-            await self._store.add_model(
-                NewModel(
-                    model_id,
-                    team.team_id,
-                    name,
-                    manifest.signature,
-                    stored,
-                    manifest.to_json(),
-                    manifest.context_tokens,
-                )
-            )
+            stored = f"{model_id}/1"
+            await self._importer.take(folder, manifest, stored)
+            first = NewRevision(model_id, 1, stored, manifest.to_json(), manifest.context_tokens)
+            await self._registry.add_model(team.team_id, name, manifest.signature, first)
             kept = True
         except NameTaken as error:
             raise _name_taken() from error
@@ -129,7 +137,7 @@ class Models:
         finally:
             if not kept:
                 await self._importer.remove(model_id)
-        model = await self._store.model(team.team_id, model_id)
+        model = await self._registry.model(team.team_id, model_id)
         if model is None:
             raise RuntimeError("a model that was just registered is gone")
         return model
@@ -137,31 +145,65 @@ class Models:
     async def list_page(self, request: web.Request) -> web.Response:
         team = await acting_team(request, self._store)
         page = page_of(request)
-        models = await self._store.models_of(team.team_id, page.after, page.limit + 1)
-        base = self.base_url(request)
+        models = await self._registry.models_of(team.team_id, page.after, page.limit + 1)
+        base = base_url(request, self._public_url)
         return listing(models, page, lambda model: model_json(model, base), lambda model: model.model_id)
 
     async def get(self, request: web.Request) -> web.Response:
         team = await acting_team(request, self._store)
-        model = await self._store.model(team.team_id, path_id(request, "model_id"))
-        if model is None:
-            raise not_found()
-        return answer(model_json(model, self.base_url(request)))
+        model = await find_model(self._registry, team, request)
+        return model_answer(model, base_url(request, self._public_url))
+
+    async def change(self, request: web.Request) -> web.Response:
+        team = await acting_team(request, self._store)
+        model = await find_model(self._registry, team, request)
+        body = parse(await read_json(request), ChangeModel)
+        seen_version = model.version if is_bound_to(request, model_tag(model)) else None
+        try:
+            await self._registry.change_model(
+                team.team_id,
+                model.model_id,
+                None if body.name is UNSET else body.name,
+                None if body.revision is UNSET else body.revision,
+                seen_version,
+            )
+        except ModelGone as error:
+            raise not_found() from error
+        except StaleVersion as error:
+            raise changed_since() from error
+        except UnknownRevision as error:
+            message = "The model keeps no such revision."
+            raise bad_request("unknown_revision", message, "revision") from error
+        except NameTaken as error:
+            raise _name_taken() from error
+        await self._routes.refresh_if_possible()
+        changed = await find_model(self._registry, team, request)
+        return model_answer(changed, base_url(request, self._public_url))
 
     async def delete(self, request: web.Request) -> web.Response:
         team = await acting_team(request, self._store)
-        if not await self._store.delete_model(team.team_id, path_id(request, "model_id")):
-            raise not_found()
+        try:
+            await self._registry.delete_model(team.team_id, path_id(request, "model_id"))
+        except ModelGone as error:
+            raise not_found() from error
+        except HasAdapters as error:
+            message = "Adapters stand on this model; delete them first."
+            raise ApiError(409, "model_has_adapters", message) from error
         await self._routes.refresh_if_possible()
         return web.Response(status=204)
 
     async def types(self, request: web.Request) -> web.Response:
         query_of(request)
-        rows = await self._store.model_types()
+        rows = await self._registry.model_types()
         return answer({"data": [dict(row) for row in rows], "next_cursor": None})
 
-    def base_url(self, request: web.Request) -> str:
-        return base_url(request, self._public_url)
+
+async def find_model(registry: ModelRegistry, team: Acting, request: web.Request) -> ModelView:
+    """Return the model that the path names. Raises `ApiError` 404."""
+    model = await registry.model(team.team_id, path_id(request, "model_id"))
+    if model is None:
+        raise not_found()
+    return model
 
 
 def base_url(request: web.Request, public_url: str | None) -> str:
@@ -180,7 +222,17 @@ def derived_type_name(manifest: ModelManifest) -> str:
     return f"{architecture}-{size}-{manifest.signature[:6]}"
 
 
+def model_tag(model: ModelView) -> str:
+    """Return the ETag: another after every change."""
+    return f'"{hashlib.sha256(f"{model.model_id} {model.version}".encode()).hexdigest()[:16]}"'
+
+
+def model_answer(model: ModelView, base: str, status: int = 200) -> web.Response:
+    return answer(model_json(model, base), status, {"ETag": model_tag(model)})
+
+
 def model_json(model: ModelView, base: str) -> dict[str, Any]:
+    of = model.base
     return {
         "model_id": model.model_id,
         "name": model.full_name,
@@ -188,8 +240,14 @@ def model_json(model: ModelView, base: str) -> dict[str, Any]:
         "model_type": model.model_type,
         "signature": model.signature,
         "context_tokens": model.context_tokens,
+        "base": base_json(of.model_id, of.full_name, of.revision) if of else None,
         **url_and_snippet(model, base),
     }
+
+
+def base_json(model_id: str | None, name: str, revision: int) -> dict[str, Any] | None:
+    """What an adapter stands on; None for a model with weights of its own."""
+    return None if model_id is None else {"model_id": model_id, "name": name, "revision": revision}
 
 
 def url_and_snippet(model: ModelView, base: str) -> dict[str, str]:

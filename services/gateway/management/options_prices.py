@@ -38,6 +38,7 @@ TYPE_QUERY: dict[str, Any] = {"model_type": {"type": "string"}}
 class OptionsAndPrices:
     def __init__(self, deps: ManagementDeps) -> None:
         self._store = deps.store
+        self._registry = deps.models
         self._views = deps.views
         self._commands = deps.commands
 
@@ -137,7 +138,7 @@ class OptionsAndPrices:
         return listing(rows, page, _price_json, lambda row: row["price_id"])
 
     async def _require_type(self, model_type: str) -> None:
-        if not any(row["name"] == model_type for row in await self._store.model_types()):
+        if not any(row["name"] == model_type for row in await self._registry.model_types()):
             raise bad_request("unknown_model_type", "There is no such model type.", "model_type")
 
 

@@ -22,6 +22,7 @@ from services.gateway.management.acting import (
     acting_team,
     answer,
     invalid_cursor,
+    is_bound_to,
     listing,
     not_found,
     page_of,
@@ -132,9 +133,7 @@ class Resources:
         resource_id = path_id(request, "resource_id")
         body = parse(await read_json(request), ScaleResource)
         row = await self._row(team, resource_id)
-        wanted_tag = request.headers.get("If-Match", "*").strip()
-        if wanted_tag != "*" and settings_tag(row) not in [tag.strip() for tag in wanted_tag.split(",")]:
-            raise ApiError(412, "precondition_failed", "The resource was changed since you read it.")
+        is_bound_to(request, settings_tag(row))
         command = messages.ScaleResource(
             **await command_envelope(request, self._commands),
             team_id=team.team_id,

@@ -44,10 +44,18 @@ KEY = obj(**_KEY_FIELDS)
 KEY_WITH_SECRET = obj(
     **_KEY_FIELDS, secret={"type": ["string", "null"], "description": "Null in a repeated answer."}
 )
+BASE: Schema = {
+    **obj(model_id=TEXT, name=TEXT, revision=COUNT),
+    "type": ["object", "null"],
+    "description": "The model that an adapter stands on; null for a model with weights of its own.",
+}
 MODEL = obj(
-    model_id=TEXT, name=TEXT, revision=COUNT, model_type=TEXT, signature=TEXT, context_tokens=COUNT, url=TEXT,
-    snippet=TEXT,
+    model_id=TEXT, name=TEXT, revision=COUNT, model_type=TEXT, signature=TEXT, context_tokens=COUNT, base=BASE,
+    url=TEXT, snippet=TEXT,
 )  # fmt: skip
+REVISION = obj(
+    revision=COUNT, current=FLAG, context_tokens=COUNT, size_bytes=COUNT, base=BASE, created_at=TIME
+)
 MODEL_TYPE = obj(name=TEXT, signature=TEXT, architecture=TEXT, parameter_count=COUNT)
 OPTION = obj(
     option_id=TEXT, model_type=TEXT, name=TEXT, device_kind=TEXT, precision=TEXT, max_batch=COUNT,
