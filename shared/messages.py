@@ -2,7 +2,7 @@
 
 Commands are imperative, facts are past tense. Within a version fields may be added with a default; a new meaning gets
 a new tag. Unknown extra fields are ignored, missing ones refused. Times that cross processes are Unix milliseconds UTC;
-token ids are plain integers; money never travels in a message.
+token ids are plain integers. What a job costs never travels in a message: billing alone computes it.
 """
 
 from __future__ import annotations
@@ -393,6 +393,23 @@ class SetPrice(Command, frozen=True, tag="price.set.v1"):
     starts_unix_ms: int
 
 
+class GrantCredit(Command, frozen=True, tag="credit.grant.v1"):
+    """Platform only. Money that the platform gives a team; once for each command id, however long after."""
+
+    team_id: str
+    amount_nanousd: int
+    reason: str
+
+
+class SetTeamTerms(Command, frozen=True, tag="terms.set.v1"):
+    """Platform only. How a team pays from now on."""
+
+    team_id: str
+    pays: Literal["prepaid", "postpaid"]
+    credit_limit_nanousd: int | None = None
+    """What a postpaid team may owe; None: any amount."""
+
+
 # ---- scheduler <-> node agent <-> worker
 
 
@@ -522,7 +539,7 @@ FleetEvent = NodeReport | WorkerReport
 SchedulerCommand = (
     CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
 )
-BillingCommand = SetPrice
+BillingCommand = SetPrice | GrantCredit | SetTeamTerms
 
 M = TypeVar("M")
 

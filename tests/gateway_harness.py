@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,8 +223,13 @@ class StandIn:
 
 @asynccontextmanager
 async def running_gateway(
-    database_url: str, amqp_url: str, folder: Path, *, with_stand_ins: bool = True
+    database_url: str,
+    amqp_url: str,
+    folder: Path,
+    *,
+    stand_ins: Sequence[topology.Queue] = (topology.SCHEDULER_COMMANDS, topology.BILLING_COMMANDS),
 ) -> AsyncIterator[Gateway]:
+    """stand_ins: the queues of the services that are stood in for; behind others a test runs the real one."""
     import_dir, model_store = folder / "import", folder / "store"
     import_dir.mkdir(exist_ok=True)
     model_store.mkdir(exist_ok=True)
@@ -259,11 +264,11 @@ async def running_gateway(
             group.create_task(routes.keep_fresh(when_off)),
             group.create_task(key_cache.keep_fresh()),
         ]
-        if with_stand_ins:
-            for queue, of in (
-                (topology.SCHEDULER_COMMANDS, messages.SchedulerCommand),
-                (topology.BILLING_COMMANDS, messages.BillingCommand),
-            ):
+        for queue, of in (
+            (topology.SCHEDULER_COMMANDS, messages.SchedulerCommand),
+            (topology.BILLING_COMMANDS, messages.BillingCommand),
+        ):
+            if queue in stand_ins:
                 background.append(group.create_task(broker.consume(queue, of, stand_in.on_command)))
         importer = ModelImporter(import_dir, model_store, asyncio.Lock())
         deps = management.ManagementDeps(store, registry, views, routes, key_cache, commands, importer, None)

@@ -6,7 +6,8 @@ import asyncio
 
 import structlog
 
-from services.billing.handlers import CommandHandler, EventHandler
+from services.billing.commands import CommandHandler
+from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
 from services.billing.rounds import MinutesRound, SweepRound, repeat
@@ -14,7 +15,7 @@ from services.billing.settings import BillingSettings
 from shared import topology
 from shared.broker import Broker
 from shared.database import Database
-from shared.messages import SetPrice
+from shared.messages import BillingCommand
 from shared.runtime import Lifetime, run
 
 log = structlog.get_logger()
@@ -34,7 +35,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     life.check("broker", lambda: broker.connected)
     life.check("database", lambda: database.healthy)
     life.group.create_task(events.run(life.stopping))
-    life.group.create_task(broker.consume(topology.BILLING_COMMANDS, SetPrice, commands.on_set_price))
+    life.group.create_task(broker.consume(topology.BILLING_COMMANDS, BillingCommand, commands.on_command))
     life.group.create_task(repeat("minutes", settings.minutes_interval_s, life.stopping, minutes.once))
     life.group.create_task(repeat("sweep", settings.sweep_interval_s, life.stopping, sweep.once))
     life.started()

@@ -1,4 +1,4 @@
-"""Takes facts and commands from the broker, hands them to what decides and stores, and settles the deliveries."""
+"""Takes facts from the broker, hands them to what decides and stores, and settles the deliveries."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 
-from services.billing import store
-from services.billing.instants import to_unix_ms
 from services.billing.instruments import Instruments
 from services.billing.intake import Arrival, Intake, Posted
-from services.billing.pricing import Price, price_refusal
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
-from shared.database import Connection, Database
-from shared.ids import new_id
-from shared.messages import CommandResult, JobUsage, JobVoided, SetPrice, type_of
-from shared.outcomes import Done, Dropped, Outcome, Unavailable
+from shared.messages import JobUsage, JobVoided, type_of
+from shared.outcomes import Done, Outcome, Unavailable
 
 log = structlog.get_logger()
 
@@ -163,54 +158,3 @@ def _record_posts(
 
 def _ended_unix_ms(fact: JobUsage | JobVoided) -> int:
     return fact.finished_unix_ms if isinstance(fact, JobUsage) else fact.voided_unix_ms
-
-
-class CommandHandler:
-    """Carries out commands from other services: each once, whatever arrives how often, with one stored answer."""
-
-    def __init__(self, broker: Broker, database: Database) -> None:
-        self._broker = broker
-        self._database = database
-
-    async def on_set_price(self, delivery: Delivery) -> Outcome:
-        """Add a price version, or refuse; the answer goes to the asker's queue if it still exists."""
-        command: SetPrice = delivery.message
-        if command.deadline_unix_ms < time.time_ns() // 1_000_000:
-            return Dropped("command is past its deadline")
-        async with self._database.transaction() as connection:
-            await store.lock_name(connection, f"billing command {command.command_id}")
-            result = await store.load_result(connection, command.command_id)
-            if result is None:
-                result = await _set_price(connection, command)
-                await store.insert_result(connection, result)
-        log.info("command_done", command_id=command.command_id, code=result.code, actor=command.actor)
-        try:
-            await self._broker.send(command.reply_queue, result)
-        except Unavailable as error:
-            # Whoever asked repeats the command and gets this same answer.
-            log.warning("command_answer_not_sent", command_id=command.command_id, reason=str(error))
-        return Done()
-
-
-async def _set_price(connection: Connection, command: SetPrice) -> CommandResult:
-    await store.lock_name(connection, f"billing prices {command.model_type} {command.work_class}")
-    versions = [
-        price
-        for price in await store.load_prices(connection, [command.model_type])
-        if price.work_class == command.work_class
-    ]
-    now_unix_ms = to_unix_ms(await connection.fetchval("SELECT now()"))
-    refusal = price_refusal(command, versions, now_unix_ms)
-    if refusal is not None:
-        code, message = refusal
-        return CommandResult(command_id=command.command_id, ok=False, code=code, message=message)
-    price = Price(
-        price_id=new_id("price"),
-        model_type=command.model_type,
-        work_class=command.work_class,
-        prompt_nanousd=command.prompt_nanousd,
-        completion_nanousd=command.completion_nanousd,
-        starts_unix_ms=command.starts_unix_ms,
-    )
-    await store.insert_price(connection, price)
-    return CommandResult(command_id=command.command_id, ok=True, body={"price_id": price.price_id})

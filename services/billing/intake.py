@@ -72,7 +72,7 @@ def charge_due(
         unique_key=f"tokens:{job_id}" if first else f"tokens:{job_id}:{before.transactions}",
         kind="tokens" if first else "correction",
         team_id=source.team_id,
-        revenue_account=ledger.REVENUE_TOKENS,
+        other_account=ledger.REVENUE_TOKENS,
         amount_nanousd=difference,
         words=words if first else f"correction to {words}",
         job_id=job_id,

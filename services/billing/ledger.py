@@ -1,7 +1,8 @@
 """The double-entry ledger: posts balanced transactions and says what was posted. Never changes a row.
 
 Signs: a charge takes from the team's account and adds to a revenue account, so a team's balance is what it has with
-the platform: negative means that it owes. The entries of a transaction sum to zero, which the database enforces.
+the platform: negative means that it owes. Money in is a charge the other way round: it adds to the team's account and
+takes from the account of where it came from. The entries of a transaction sum to zero, which the database enforces.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from shared.ids import new_id
 
 REVENUE_TOKENS = "revenue:tokens"
 REVENUE_MINUTES = "revenue:minutes"
+CREDITS_GRANTED = "credits:granted"
 
-TransactionKind = Literal["tokens", "minutes", "correction"]
+TransactionKind = Literal["tokens", "minutes", "correction", "credit"]
 
 
 def team_account(team_id: str) -> str:
@@ -26,12 +28,12 @@ def team_account(team_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One transaction: `amount_nanousd` from the team to revenue; a negative amount gives back."""
+    """One transaction: `amount_nanousd` from the team to the other account; a negative amount goes to the team."""
 
     unique_key: str
     kind: TransactionKind
     team_id: str
-    revenue_account: str
+    other_account: str
     amount_nanousd: int
     words: str
     job_id: str | None = None
@@ -91,7 +93,7 @@ async def post(connection: Connection, charges: Sequence[Charge]) -> list[str]:
         SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[])
         """,
         ids + ids,
-        [team_account(c.team_id) for c in charges] + [c.revenue_account for c in charges],
+        [team_account(c.team_id) for c in charges] + [c.other_account for c in charges],
         [-c.amount_nanousd for c in charges] + [c.amount_nanousd for c in charges],
     )
     return ids
@@ -100,19 +102,27 @@ async def post(connection: Connection, charges: Sequence[Charge]) -> list[str]:
 async def _ensure_accounts(connection: Connection, charges: Iterable[Charge]) -> None:
     accounts: dict[str, str | None] = {}
     for charge in charges:
-        accounts[charge.revenue_account] = None
+        accounts[charge.other_account] = None  # its kind is what its name begins with
         accounts[team_account(charge.team_id)] = charge.team_id
     # In one order everywhere: two processes that make the same accounts wait for each other instead of deadlocking.
     names = sorted(accounts)
     await connection.execute(
         """
         INSERT INTO billing.accounts (account_id, team_id, kind)
-        SELECT a, t, CASE WHEN t IS NULL THEN 'revenue' ELSE 'team' END FROM unnest($1::text[], $2::text[]) x (a, t)
+        SELECT a, t, split_part(a, ':', 1) FROM unnest($1::text[], $2::text[]) x (a, t)
         ON CONFLICT (account_id) DO NOTHING
         """,
         names,
         [accounts[name] for name in names],
     )
+
+
+async def find(connection: Connection, unique_key: str) -> str | None:
+    """The id of the transaction with this key, if it was posted."""
+    found: str | None = await connection.fetchval(
+        "SELECT transaction_id FROM billing.transactions WHERE unique_key = $1", unique_key
+    )
+    return found
 
 
 async def load_posted(connection: Connection, job_ids: Sequence[str]) -> dict[str, PostedCharges]:

@@ -104,7 +104,7 @@ def minute_charge(posting: MinutePosting) -> Charge:
         unique_key=f"{name}:{posting.posting_no}",
         kind="correction" if gives_back else "minutes",
         team_id=posting.team_id,
-        revenue_account=ledger.REVENUE_MINUTES,
+        other_account=ledger.REVENUE_MINUTES,
         amount_nanousd=posting.difference_nanousd,
         words=f"place {key.place}, {hour:%Y-%m-%d %H}:00 UTC: {posting.minutes} minutes in all",
         resource_id=key.resource_id,

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from services.billing.instants import from_unix_ms, to_unix_ms
 from services.billing.pricing import Price
 from shared.database import Connection
-from shared.messages import CommandResult, JobUsage, Timings, UsageEvent, decoder, encode, type_of
+from shared.messages import Command, CommandResult, JobUsage, Timings, UsageEvent, decoder, encode, type_of
 
 _decode_fact = decoder(UsageEvent).decode
 _decode_result = decoder(CommandResult).decode
@@ -236,6 +236,12 @@ async def delete_old_requests(connection: Connection, before: datetime, limit: i
 async def delete_old_results(connection: Connection, before: datetime) -> None:
     """Forget answers to commands that nobody can still repeat."""
     await connection.execute("DELETE FROM billing.command_results WHERE created_at < $1", before)
+
+
+def refused(command: Command, refusal: tuple[str, str]) -> CommandResult:
+    """The answer to a command that cannot be carried out, from its (code, message). Pure."""
+    code, message = refusal
+    return CommandResult(command_id=command.command_id, ok=False, code=code, message=message)
 
 
 async def load_result(connection: Connection, command_id: str) -> CommandResult | None:

@@ -15,6 +15,7 @@ import structlog
 
 from services.gateway.errors import ApiError
 from services.gateway.model_registry import ModelRegistry
+from services.gateway.paying import Purse, payment_refusal
 from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from services.gateway.routing import choose_route
 from services.gateway.views import Views
@@ -38,6 +39,7 @@ class Snapshot:
     models: dict[tuple[str, str], ModelView] = field(default_factory=dict)
     """By team slug and name."""
     resources: tuple[ResourceView, ...] = ()
+    purse: Purse = field(default_factory=Purse)
 
 
 class RouteTable:
@@ -68,11 +70,14 @@ class RouteTable:
         return model
 
     def resolve(self, principal: Principal, name: str) -> tuple[ModelView, Route]:
-        """Return the model and where it runs. Raises `ApiError` 404, 409 or 503."""
+        """Return the model and where it runs. Raises `ApiError` 402, 404, 409 or 503."""
         model = self.find_model(principal, name)
         route = choose_route(principal, model, self._snapshot.resources, time.time())
         if isinstance(route, ApiError):
             raise route
+        unpaid = payment_refusal(principal, model, route, self._snapshot.purse)
+        if unpaid is not None:
+            raise unpaid
         return model, route
 
     def list_models(self, principal: Principal) -> list[ModelView]:
@@ -114,7 +119,7 @@ class RouteTable:
             self._turned_off += [
                 r for r in self._snapshot.resources if r.wanted == "on" and r.resource_id not in still_on
             ]
-            self._snapshot = Snapshot(models, resources)
+            self._snapshot = Snapshot(models, resources, await self._views.purse())
             self._model_stamp = stamp
             self.loaded = True
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import asyncpg
 
+from services.gateway.paying import Purse
 from services.gateway.principal import ResourceView
 from shared.database import Database
 
@@ -124,6 +125,32 @@ class Views:
             model_type,
             work_class,
         )
+
+    async def purse(self) -> Purse:
+        """Return what has a price now, and who may spend nothing."""
+        priced = await self._database.fetch(
+            "SELECT DISTINCT model_type FROM billing_api.prices_v1 WHERE work_class = 'live' AND starts_at <= now()"
+        )
+        spent = await self._database.fetch(
+            "SELECT team_id FROM billing_api.spendable_v1 WHERE spendable_nanousd = 0"
+        )
+        return Purse(frozenset(row[0] for row in priced), frozenset(row[0] for row in spent))
+
+    async def account(self, team_id: str) -> dict[str, Any]:
+        """Return how a team pays and what it has; one that nothing was said of pays later, without a limit."""
+        row = await self._database.fetchrow(
+            "SELECT pays, credit_limit_nanousd, balance_nanousd, spendable_nanousd FROM billing_api.spendable_v1"
+            " WHERE team_id = $1",
+            team_id,
+        )
+        if row is not None:
+            return dict(row)
+        return {
+            "pays": "postpaid",
+            "credit_limit_nanousd": None,
+            "balance_nanousd": await self.balance_nanousd(team_id),
+            "spendable_nanousd": None,
+        }
 
     async def balance_nanousd(self, team_id: str) -> int:
         row = await self._database.fetchrow(

@@ -12,10 +12,14 @@ from typing import Any
 import asyncpg
 
 from services.billing.__main__ import ROLE
+from services.billing.commands import CommandHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Arrival, Intake
+from shared import topology
+from shared.broker import Broker
 from shared.database import Database
-from shared.messages import UsageEvent
+from shared.messages import BillingCommand, UsageEvent
+from tests.conftest import Vhost
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 CHARGE_NANOUSD = 10 * 20 + 20 * 60
@@ -109,3 +113,19 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def running_commands(vhost: Vhost, stand: Stand) -> AsyncIterator[None]:
+    """Billing's half of commands, as the service runs it."""
+    async with AsyncExitStack() as stack:
+        broker = await Broker.open(vhost.amqp_url, "billing-test", stack)
+        handler = CommandHandler(broker, stand.database)
+        task = asyncio.create_task(
+            broker.consume(topology.BILLING_COMMANDS, BillingCommand, handler.on_command)
+        )
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -19,11 +19,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from structlog.testing import capture_logs
 
-from services.billing.handlers import CommandHandler, EventHandler
+from services.billing.commands import CommandHandler
+from services.billing.handlers import EventHandler
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
-from shared.messages import CommandResult, JobUsage, JobVoided, SetPrice
+from shared.messages import BillingCommand, CommandResult, JobUsage, JobVoided
 from tests.conftest import Vhost
 from tests.integration.billing_stand import (
     CHARGE_NANOUSD,
@@ -194,7 +195,9 @@ async def test_a_price_is_set_once_and_the_command_gets_the_same_answer_again(
     async with open_broker(vhost) as broker, open_stand(database, priced=False) as stand:
         await broker.subscribe(reply_queue, CommandResult, answers.put_nowait, prefetch=10, no_ack=True)
         commands = CommandHandler(broker, stand.database)
-        task = asyncio.create_task(broker.consume(topology.BILLING_COMMANDS, SetPrice, commands.on_set_price))
+        task = asyncio.create_task(
+            broker.consume(topology.BILLING_COMMANDS, BillingCommand, commands.on_command)
+        )
         try:
             results = []
             for command in (

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from services.billing import ledger, store
-from services.billing.handlers import _set_price
+from services.billing.price_versions import set_price
 from services.billing.rounds import SweepRound
 from services.billing.settle import BadFact, FactsDisagree
 from shared.messages import Timings, UsageEvent
@@ -243,7 +243,7 @@ async def test_of_racing_prices_for_one_moment_one_is_set(database: str) -> None
 
         async def set_one(number: int) -> str:
             async with stand.database.transaction() as connection:
-                result = await _set_price(connection, make_set_price(command_id=f"cmd_{number}"))
+                result = await set_price(connection, make_set_price(command_id=f"cmd_{number}"))
             return result.code
 
         codes = await asyncio.gather(*(set_one(n) for n in range(4)))

@@ -52,7 +52,7 @@ def services(database: str, vhost: Vhost, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 async def gateway(services: None, database: str, vhost: Vhost, tmp_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(database, vhost.amqp_url, tmp_path, with_stand_ins=False) as running:
+    async with running_gateway(database, vhost.amqp_url, tmp_path, stand_ins=()) as running:
         yield running
 
 

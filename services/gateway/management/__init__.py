@@ -1,8 +1,9 @@
-"""The management API under `/api`: teams, keys, models, options, prices, resources, usage."""
+"""The management API under `/api`: teams, keys, models, options, prices, resources, credit, usage."""
 
 from __future__ import annotations
 
 from services.gateway.management.acting import ManagementDeps
+from services.gateway.management.credit import Credit
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
 from services.gateway.management.options_prices import OptionsAndPrices
@@ -26,6 +27,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         OptionsAndPrices(deps),
         Resources(deps),
         ResourceModels(deps),
+        Credit(deps),
         Usage(deps),
     )
     return [spec for part in parts for spec in part.routes()]

@@ -81,6 +81,17 @@ class SetPrice(Body):
     )
 
 
+class ChangeTerms(Body):
+    pays: Literal["prepaid", "postpaid"]
+    credit_limit_usd: Usd | None = None
+    """What a postpaid team may owe; any amount if it is left out."""
+
+
+class GrantCredit(Body):
+    amount_usd: Usd
+    reason: Annotated[str, Meta(min_length=1, max_length=200)]
+
+
 class CreateResource(Body):
     name: Title
     model_type: TypeName

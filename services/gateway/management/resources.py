@@ -30,6 +30,7 @@ from services.gateway.management.acting import (
     timestamp,
 )
 from services.gateway.management.bodies import CreateResource, ScaleResource, parse
+from services.gateway.management.credit import require_credit
 from services.gateway.management.idempotency import command_envelope, idempotent
 from services.gateway.management.models import base_url, url_and_snippet
 from services.gateway.management.options_prices import option_json
@@ -134,6 +135,8 @@ class Resources:
         body = parse(await read_json(request), ScaleResource)
         row = await self._row(team, resource_id)
         is_bound_to(request, settings_tag(row))
+        if body.gpus > row["fixed_count"]:
+            await require_credit(self._views, team.team_id)
         command = messages.ScaleResource(
             **await command_envelope(request, self._commands),
             team_id=team.team_id,
@@ -147,6 +150,7 @@ class Resources:
         team = await acting_team(request, self._store)
         resource_id = path_id(request, "resource_id")
         await self._row(team, resource_id)
+        await require_credit(self._views, team.team_id)
         envelope = await command_envelope(request, self._commands)
         await self._change(messages.TurnOnResource(**envelope, team_id=team.team_id, resource_id=resource_id))
         return await self._answer(request, team, resource_id, 202)

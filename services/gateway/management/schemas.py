@@ -65,6 +65,15 @@ PRICE = obj(
     price_id=TEXT, model_type=TEXT, work_class=TEXT, prompt_usd_per_million=USD, completion_usd_per_million=USD,
     prompt_nanousd=COUNT, completion_nanousd=COUNT, starts_at=TIME,
 )  # fmt: skip
+OPTIONAL_COUNT: Schema = {"type": ["integer", "null"], "minimum": 0}
+OPTIONAL_USD: Schema = {**USD, "type": ["string", "null"]}
+_ACCOUNT_FIELDS = {
+    "team": TEXT, "pays": {"enum": ["prepaid", "postpaid"]}, "credit_limit_nanousd": OPTIONAL_COUNT,
+    "credit_limit_usd": OPTIONAL_USD, "balance_nanousd": INTEGER, "balance_usd": USD,
+    "spendable_nanousd": OPTIONAL_COUNT, "spendable_usd": OPTIONAL_USD,
+}  # fmt: skip
+ACCOUNT = obj(**_ACCOUNT_FIELDS)
+CREDIT = obj(**_ACCOUNT_FIELDS, transaction_id=TEXT, amount_nanousd=COUNT, amount_usd=USD)
 PLACE = obj(
     place=COUNT, state=TEXT, phase=TEXT, device=TEXT, node_id=TEXT, worker_id=TEXT, granted_at=OPTIONAL_TIME,
     ready_at=OPTIONAL_TIME,

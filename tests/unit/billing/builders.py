@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.messages import JobUsage, JobVoided, SetPrice, Timings
+from shared.messages import GrantCredit, JobUsage, JobVoided, SetPrice, SetTeamTerms, Timings
 
 ACCEPTED_UNIX_MS = 1_790_000_000_000
 
@@ -23,6 +23,14 @@ _SUBJECT = {
     "revision": 1,
     "prompt_tokens": 10,
     "accepted_unix_ms": ACCEPTED_UNIX_MS,
+}
+
+
+COMMAND: dict[str, Any] = {
+    "command_id": "cmd_1",
+    "deadline_unix_ms": 4_000_000_000_000,
+    "reply_queue": "replies.v1.test",
+    "actor": "key_admin",
 }
 
 
@@ -59,10 +67,7 @@ def make_void(**fields: Any) -> JobVoided:
 
 def make_set_price(**fields: Any) -> SetPrice:
     values: dict[str, Any] = {
-        "command_id": "cmd_1",
-        "deadline_unix_ms": 4_000_000_000_000,
-        "reply_queue": "replies.v1.test",
-        "actor": "key_admin",
+        **COMMAND,
         "model_type": "smollm2-135m",
         "work_class": "live",
         "prompt_nanousd": 20,
@@ -71,3 +76,21 @@ def make_set_price(**fields: Any) -> SetPrice:
         **fields,
     }
     return SetPrice(**values)
+
+
+def make_credit(**fields: Any) -> GrantCredit:
+    """Five USD for team_a."""
+    values: dict[str, Any] = {
+        **COMMAND,
+        "team_id": "team_a",
+        "amount_nanousd": 5_000_000_000,
+        "reason": "welcome",
+        **fields,
+    }
+    return GrantCredit(**values)
+
+
+def make_terms(**fields: Any) -> SetTeamTerms:
+    """team_a pays before."""
+    values: dict[str, Any] = {**COMMAND, "team_id": "team_a", "pays": "prepaid", **fields}
+    return SetTeamTerms(**values)
