@@ -10,6 +10,7 @@ from services.billing.commands import CommandHandler
 from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
+from services.billing.request_cost_round import RequestCostRound
 from services.billing.rounds import MinutesRound, SweepRound, repeat
 from services.billing.settings import BillingSettings
 from shared import topology
@@ -31,6 +32,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     commands = CommandHandler(broker, database)
     minutes = MinutesRound(database, instruments, settings.minutes_lookback_h)
     sweep = SweepRound(database, intake, instruments, settings.request_retention_days)
+    costs = RequestCostRound(database, settings.request_retention_days)
 
     life.check("broker", lambda: broker.connected)
     life.check("database", lambda: database.healthy)
@@ -38,6 +40,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     life.group.create_task(broker.consume(topology.BILLING_COMMANDS, BillingCommand, commands.on_command))
     life.group.create_task(repeat("minutes", settings.minutes_interval_s, life.stopping, minutes.once))
     life.group.create_task(repeat("sweep", settings.sweep_interval_s, life.stopping, sweep.once))
+    life.group.create_task(repeat("request costs", settings.sweep_interval_s, life.stopping, costs.once))
     life.started()
     await life.stopping.wait()
     try:

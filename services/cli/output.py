@@ -56,6 +56,13 @@ def plain(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) <= 0x9F))
 
 
+def usd(nanousd: int) -> str:
+    """A decimal string, at least two places and no more than are needed."""
+    whole, rest = divmod(abs(nanousd), 10**9)
+    places = f"{rest:09d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if nanousd < 0 else ''}{whole}.{places}"
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return "-"

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from services.cli.acting import api
-from services.cli.output import Json, print_fields, print_json, print_table
+from services.cli.output import Json, print_fields, print_json, print_table, usd
+
+PATH = "/api/billing/usage"
 
 
 def usage(
@@ -16,22 +18,25 @@ def usage(
         str | None, typer.Option("--from", help="RFC 3339 or a date; default: 30 days ago.")
     ] = None,
     end: Annotated[str | None, typer.Option("--to", help="RFC 3339 or a date; default: now.")] = None,
-    group_by: Annotated[str | None, typer.Option(help="day, model, key or resource.")] = None,
+    group_by: Annotated[str | None, typer.Option(help="team, key, model (the default) or resource.")] = None,
+    bucket: Annotated[str | None, typer.Option(help="hour, or day (the default).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Requests, tokens, GPU-minutes and their cost."""
-    document = api(context).get("/api/usage", **{"from": start, "to": end, "group_by": group_by})
+    """Requests, tokens, GPU-minutes and their cost. A row without a name: GPU time that no request used."""
+    asked = {"from": start, "to": end, "group_by": group_by, "bucket": bucket}
+    rows = list(api(context).list(PATH, **asked))
     if as_json:
-        print_json(document)
+        print_json(rows)
         return
     print_table(
-        (document["group_by"], "requests", "prompt tokens", "completion tokens", "tokens USD", "minutes", "minutes USD"),
+        ("from", group_by or "model", "requests", "prompt tokens", "completion tokens", "GPU minutes", "USD"),
         (
             (
-                row["group"], row["requests"], row["prompt_tokens"], row["completion_tokens"], row["tokens_usd"],
-                row["minutes"], row["minutes_usd"],
+                row["start"].removesuffix(":00.000Z"), row["name"] or row["group"], row["requests"],
+                row["prompt_tokens"], row["completion_tokens"], row["gpu_minutes"], row["cost_usd"],
             )
-            for row in document["data"]
+            for row in rows
         ),
     )  # fmt: skip
-    print_fields([("balance", f"{document['balance_usd']} USD")])
+    total = sum(row["cost_nanousd"] for row in rows)
+    print_fields([("in all", f"{usd(total)} USD")])

@@ -37,6 +37,11 @@ class Views:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    @property
+    def database(self) -> Database:
+        """For readers of views that have a module of their own."""
+        return self._database
+
     # ---- scheduler
 
     async def route_resources(self) -> list[ResourceView]:

@@ -124,7 +124,7 @@ async def test_refusals_are_the_api_s_own_words_in_one_line(gateway: Gateway) ->
         ((key, "--team", "other", "usage"), "This key acts for its own team only. (insufficient_scope)"),
         ((key, "resources", "get", "res_" + "0" * 32), "There is no such thing. (not_found)"),
         ((key, "resources", "get", "nothing"), "nothing is called 'nothing'"),
-        ((key, "usage", "--group-by", "moon"), "group_by must be one of day, model, key, resource. (invalid_value)"),
+        ((key, "usage", "--group-by", "moon"), "group_by must be one of team, key, model, resource. (invalid_value)"),
     ]  # fmt: skip
     for (used_key, *arguments), words in run:
         said = (await roundhouse(gateway.base, used_key, *arguments)).refused()
@@ -143,10 +143,12 @@ async def test_usage_says_what_was_used_and_what_it_cost(gateway: Gateway) -> No
         "INSERT INTO billing.minute_charges VALUES ('res_a', 0, date_trunc('hour', now(), 'UTC'), 600000000, $1, 7, 70000000, 1)",
         team_id,
     )
-    document = (await roundhouse(gateway.base, key, "usage", "--json")).json
-    assert [(row["minutes"], row["minutes_nanousd"]) for row in document["data"]] == [(7, 70_000_000)]
-    shown = await roundhouse(gateway.base, key, "usage", "--group-by", "resource")
-    assert shown.code == 0 and "res_a" in shown.out and "0.07" in shown.out and "balance" in shown.out
+    rows = (await roundhouse(gateway.base, key, "usage", "--json")).json
+    assert [(row["group"], row["gpu_minutes"], row["cost_nanousd"]) for row in rows] == [
+        (None, 7, 70_000_000)
+    ]
+    shown = await roundhouse(gateway.base, key, "usage", "--group-by", "resource", "--bucket", "hour")
+    assert shown.code == 0 and "res_a" in shown.out and "in all  0.07 USD" in shown.out, shown.out
 
 
 @pytest.mark.timeout(180)

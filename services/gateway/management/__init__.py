@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.gateway.management.acting import ManagementDeps
+from services.gateway.management.billing_usage import BillingUsage
 from services.gateway.management.credit import Credit
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
@@ -29,5 +30,6 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         ResourceModels(deps),
         Credit(deps),
         Usage(deps),
+        BillingUsage(deps),
     )
     return [spec for part in parts for spec in part.routes()]

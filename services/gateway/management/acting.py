@@ -158,7 +158,7 @@ def read_cursor(cursor: str) -> str:
         )
     except (binascii.Error, ValueError) as error:
         raise invalid_cursor() from error
-    if not re.fullmatch(r"[0-9a-z_:]{1,100}", text):
+    if not re.fullmatch(r"[0-9a-z_:]{1,300}", text):
         raise invalid_cursor()
     return text
 
