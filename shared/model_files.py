@@ -208,7 +208,7 @@ def open_model_files(folder: Path, limits: ModelFolderLimits) -> Iterator[ModelF
                 raise _unsafe(f"{_shown(name)} is not a regular file")
             if IGNORED_NAME.fullmatch(name):  # 4
                 continue
-            limit = _size_limit(name, limits)
+            limit = size_limit(name, limits)
             if status.st_size > limit:  # 5
                 raise ModelFolderError(ModelFolderErrorCode.MODEL_TOO_LARGE, f"{name} is over {limit} bytes")
             sizes[name] = status.st_size
@@ -228,7 +228,8 @@ def _status(folder_fd: int, name: str) -> os.stat_result:
         raise _changed(name) from error
 
 
-def _size_limit(name: str, limits: ModelFolderLimits) -> int:
+def size_limit(name: str, limits: ModelFolderLimits) -> int:
+    """How many bytes a file of this name may have. Raises ModelFolderError for a name that no model folder holds."""
     if name in CONFIG_FILES:
         return limits.config_file_bytes
     if name in TOKENIZER_FILES:

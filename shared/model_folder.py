@@ -29,6 +29,7 @@ from shared.model_files import (
     ModelFolderErrorCode,
     ModelFolderLimits,
     open_model_files,
+    size_limit,
 )
 from shared.model_type import ModelType, describe_model_type
 
@@ -40,6 +41,7 @@ __all__ = [
     "ModelManifest",
     "inspect_model_folder",
     "read_child_answer",
+    "size_limit",
 ]
 
 SINGLE_WEIGHTS_FILE = "model.safetensors"

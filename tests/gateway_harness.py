@@ -22,12 +22,14 @@ from services.gateway import edge, keys, management, public
 from services.gateway.commands import CommandCaller
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
+from services.gateway.model_uploads import ModelUploads, UploadLimits
 from services.gateway.openapi import PROBLEM
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import RouteSpec
 from services.gateway.store import Store
+from services.gateway.upload_table import UploadTable
 from services.gateway.views import Views
 from services.gateway.wire import WireSite
 from shared import messages, topology
@@ -73,6 +75,7 @@ class Gateway:
     specs: list[RouteSpec]
     import_dir: Path
     model_store: Path
+    uploads: ModelUploads
     commands: list[messages.Command] = field(default_factory=list)
     """What the stand-ins were asked, in order."""
     turned_off: list[str] = field(default_factory=list)
@@ -124,19 +127,20 @@ class Gateway:
 
 def check_described(specs: list[RouteSpec], method: str, path: str, answer: Reply) -> None:
     """Every answer of a route is one that the OpenAPI page describes."""
-    for spec in specs:
+    # A path without parameters comes first, as in the router
+    for spec in sorted(specs, key=lambda spec: spec.template.count("{")):
         pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.escape(spec.template))
         if spec.method == method and re.fullmatch(pattern, path):
-            if answer.status < 400:
-                assert spec.responses is not None and answer.status in spec.responses, (
-                    spec.path,
-                    answer.status,
-                )
-                schema = spec.responses[answer.status]
-                if schema is not None:
-                    Draft202012Validator(schema).validate(answer.json)
-            elif answer.headers["content-type"].startswith("application/problem+json"):
-                Draft202012Validator(PROBLEM).validate(answer.json)
+            break
+    else:
+        return
+    if answer.status < 400:
+        assert spec.responses is not None and answer.status in spec.responses, (spec.path, answer.status)
+        schema = spec.responses[answer.status]
+        if schema is not None:
+            Draft202012Validator(schema).validate(answer.json)
+    elif answer.headers["content-type"].startswith("application/problem+json"):
+        Draft202012Validator(PROBLEM).validate(answer.json)
 
 
 class StandIn:
@@ -271,7 +275,10 @@ async def running_gateway(
             if queue in stand_ins:
                 background.append(group.create_task(broker.consume(queue, of, stand_in.on_command)))
         importer = ModelImporter(import_dir, model_store, asyncio.Lock())
-        deps = management.ManagementDeps(store, registry, views, routes, key_cache, commands, importer, None)
+        uploads = ModelUploads(UploadTable(database), model_store, UploadLimits())
+        deps = management.ManagementDeps(
+            store, registry, views, routes, key_cache, commands, importer, uploads, None
+        )
         specs = public.with_openapi([*management.routes(deps), *public.routes(list)])
         runner = edge.build_runner(edge.build_app(specs, key_cache, edge.EdgeLimits()), drain_timeout_s=0.1)
         await runner.setup()
@@ -281,7 +288,7 @@ async def running_gateway(
         try:
             yield Gateway(
                 f"http://127.0.0.1:{site.port}", session, sql, database, broker, store, registry, key_cache, routes, outbox, specs,
-                import_dir, model_store, seen, turned_off,
+                import_dir, model_store, uploads, seen, turned_off,
             )  # fmt: skip
         finally:
             await runner.cleanup()

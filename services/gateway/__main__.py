@@ -15,6 +15,7 @@ from services.gateway.inference.measures import InferenceMetrics
 from services.gateway.management.idempotency import KEEP_S
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
+from services.gateway.model_uploads import ModelUploads, UploadLimits
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.principal import ModelView
@@ -22,6 +23,7 @@ from services.gateway.rate_limit import RateLimiter, RateRule
 from services.gateway.route_table import RouteTable
 from services.gateway.settings import GatewaySettings
 from services.gateway.store import Store
+from services.gateway.upload_table import UploadTable
 from services.gateway.views import Views
 from services.gateway.wire import WireSite
 from shared import telemetry
@@ -56,6 +58,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     owner = Owner(broker, outbox.add, commands.on_result)
     commands.reply_queue = owner.queue
     importer = ModelImporter(settings.model_import_dir, settings.model_store, asyncio.Lock())
+    uploads = ModelUploads(UploadTable(database), settings.model_store, upload_limits(settings))
 
     await ensure_platform(store, settings.admin_key)
     await owner.start(life.group)
@@ -64,11 +67,12 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     life.group.create_task(outbox.relay())
     life.group.create_task(sweep_idempotency(store))
     life.group.create_task(sweep_models(registry, importer))
+    life.group.create_task(sweep_uploads(uploads))
     life.group.create_task(limiter.keep_leases())
     tokenizers.start(life.group)
 
     api = management.ManagementDeps(
-        store, registry, views, route_table, key_cache, commands, importer, settings.public_url
+        store, registry, views, route_table, key_cache, commands, importer, uploads, settings.public_url
     )
     generation = inference.InferenceDeps(
         route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
@@ -137,6 +141,27 @@ async def sweep_models(registry: ModelRegistry, importer: ModelImporter) -> None
         else:
             if swept:
                 log.info("unused_models_swept", count=len(swept))
+        await asyncio.sleep(SWEEP_S)
+
+
+def upload_limits(settings: GatewaySettings) -> UploadLimits:
+    return UploadLimits(
+        team_bytes=settings.team_upload_bytes,
+        team_uploads=settings.team_open_uploads,
+        files_at_once=settings.uploads_at_once,
+        expires_after_s=settings.upload_expiry_s,
+    )
+
+
+async def sweep_uploads(uploads: ModelUploads) -> None:
+    while True:
+        try:
+            swept = await uploads.sweep()
+        except Unavailable as error:
+            log.warning("uploads_not_swept", error=str(error))
+        else:
+            if swept:
+                log.info("uploads_swept", count=len(swept))
         await asyncio.sleep(SWEEP_S)
 
 

@@ -289,8 +289,10 @@ def _check_transport(limits: EdgeLimits) -> Middleware:
         encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding != "identity":
             raise ApiError(415, "unsupported_encoding", "Compressed bodies are not accepted.")
-        if request.content_length is not None and request.content_length > limits.max_body_bytes:
-            raise _too_large(limits.max_body_bytes)
+        spec = spec_of(request)
+        max_body_bytes = (spec and spec.max_body_bytes) or limits.max_body_bytes
+        if request.content_length is not None and request.content_length > max_body_bytes:
+            raise _too_large(max_body_bytes)
         return await handler(request)
 
     return check_transport

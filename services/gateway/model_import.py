@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 import structlog
 
 from services.gateway.errors import ApiError, bad_request
+from services.gateway.threads import run_to_its_end
 from shared.model_folder import ModelFile, ModelFolderError, ModelManifest, read_child_answer
 
 log = structlog.get_logger()
@@ -29,6 +30,14 @@ HASHED_BYTES_PER_S = 100e6
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 4 * 1024 * 1024
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFolder:
+    """param: what named it in the request, for refusals."""
+
+    folder: Path
+    param: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +63,14 @@ class ModelImporter:
             log.info("import_path_unusable", error=type(error).__name__)
         raise bad_request("invalid_path", "There is no such folder below the import folder.", "path")
 
-    async def check(self, folder: Path) -> ModelManifest:
+    async def check(self, source: SourceFolder) -> ModelManifest:
         """Inspect the folder in a child process with limits. Raises `ApiError` 400 with the check's own code."""
+        limit_s = CHECK_TIMEOUT_S + await asyncio.to_thread(_bytes_in, source) / HASHED_BYTES_PER_S
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "shared.model_folder",
-            str(folder),
+            str(source.folder),
             cwd=PROJECT_ROOT,
             # The child runs tokenizers of strangers: it gets none of our secrets.
             env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},
@@ -70,10 +80,11 @@ class ModelImporter:
             limit=MAX_ANSWER_BYTES,
         )
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S + _bytes_in(folder) / HASHED_BYTES_PER_S):
+            async with asyncio.timeout(limit_s):
                 stdout, _ = await child.communicate()
         except TimeoutError as error:
-            raise bad_request("check_limit_exceeded", "Checking the model took too long.", "path") from error
+            message = "Checking the model took too long."
+            raise bad_request("check_limit_exceeded", message, source.param) from error
         finally:
             if child.returncode is None:
                 child.kill()
@@ -81,19 +92,13 @@ class ModelImporter:
         try:
             return read_child_answer(child.returncode or 0, stdout)
         except ModelFolderError as error:
-            raise bad_request(error.code.value, error.message[:300], "path") from error
+            raise bad_request(error.code.value, error.message[:300], source.param) from error
 
-    async def take(self, folder: Path, manifest: ModelManifest, name: str) -> None:
+    async def take(self, source: SourceFolder, manifest: ModelManifest, name: str) -> None:
         """Copy the manifest's files into the store, as the folder `name` below it."""
-        work = asyncio.get_running_loop().run_in_executor(
-            None, self._copy, folder, manifest, self.store / name
-        )
         try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            # A thread cannot be stopped: wait for it, so that what it made can be removed by the caller.
-            await asyncio.wait([work])
-            raise
+            # To its end, so that what it made can be removed by the caller.
+            await run_to_its_end(self._copy, source, manifest, self.store / name)
         except OSError as error:
             log.error("model_copy_failed", folder=name, error=str(error))
             raise ApiError(507, "store_full", "The model could not be written to the store.") from error
@@ -114,13 +119,13 @@ class ModelImporter:
                 log.error("unused_model_not_removed", folder=name, error=str(error))
         return found
 
-    def _copy(self, folder: Path, manifest: ModelManifest, target: Path) -> None:
+    def _copy(self, source: SourceFolder, manifest: ModelManifest, target: Path) -> None:
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
             for file in manifest.files:
-                _place(folder / file.name, part / file.name, file)
+                _place(source, part / file.name, file)
             (part / "manifest.json").write_text(
                 json.dumps(manifest.to_json(), sort_keys=True), encoding="utf-8"
             )
@@ -129,30 +134,41 @@ class ModelImporter:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _place(source: Path, target: Path, file: ModelFile) -> None:
+def _place(source: SourceFolder, target: Path, file: ModelFile) -> None:
     """Put one file into the store. Weights are linked where that is possible, all else is copied.
 
     What lies in the store is hashed: between check and copy the source may have become another file. Raises `ApiError`.
     """
+    path = source.folder / file.name
     linked = False
     if file.name.endswith(".safetensors"):
         try:
-            os.link(source, target, follow_symlinks=False)
+            os.link(path, target, follow_symlinks=False)
             linked = True
         except OSError:
             linked = False  # another file system, or one without links
     if not linked:
         # O_NOFOLLOW: the name may have become a link since the check.
-        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise _changed(source) from error
         with os.fdopen(descriptor, "rb") as reading, target.open("xb") as writing:
             shutil.copyfileobj(reading, writing, CHUNK_BYTES)
     if target.is_symlink() or not target.is_file() or _sha256(target) != file.sha256:
-        raise bad_request("folder_changed", "The folder changed while it was registered.", "path")
+        raise _changed(source)
 
 
-def _bytes_in(folder: Path) -> int:
-    with os.scandir(folder) as entries:
-        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+def _changed(source: SourceFolder) -> ApiError:
+    return bad_request("folder_changed", "The folder changed while it was registered.", source.param)
+
+
+def _bytes_in(source: SourceFolder) -> int:
+    try:
+        with os.scandir(source.folder) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+    except FileNotFoundError as error:  # an upload without files, or one that ended meanwhile
+        raise _changed(source) from error
 
 
 def _sha256(path: Path) -> str:

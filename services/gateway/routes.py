@@ -46,6 +46,8 @@ class RouteSpec:
     """The JSON body; None where the route takes none."""
     responses: Mapping[int, Schema | None] | None = None
     """Status -> JSON body of good answers; None is an empty or a non-JSON body."""
+    max_body_bytes: int | None = None
+    """Where the body is a file that the handler reads piece by piece: how large it may be. Else the edge's limit holds."""
     query: Mapping[str, Schema] = field(default_factory=dict)
     """Query parameters that the route knows; `/api` refuses all others."""
     tag: str = "inference"

@@ -24,6 +24,13 @@ class GatewaySettings(CommonSettings):
 
     max_body_bytes: int = env("MAX_BODY_BYTES", 1024 * 1024, low=1024, high=64 * 1024 * 1024)
     max_connections_per_ip: int = env("MAX_CONNECTIONS_PER_IP", 2048, low=1, high=1_000_000)
+    team_upload_bytes: int = env("TEAM_UPLOAD_BYTES", 300 * 1024**3, low=1, high=2**50)
+    """Of all models that a team has uploaded and not registered yet; a file counts from its beginning on."""
+    team_open_uploads: int = env("TEAM_OPEN_UPLOADS", 8, low=1, high=10_000)
+    upload_expiry_s: float = env("UPLOAD_EXPIRY_S", 24 * 3600.0, low=60.0, high=30 * 24 * 3600.0)
+    """How long an upload is kept after its latest file."""
+    uploads_at_once: int = env("UPLOADS_AT_ONCE", 16, low=1, high=1000)
+    """Files on their way to one gateway."""
     team_requests_per_s: float = env("TEAM_REQUESTS_PER_S", 200.0, low=0.01, high=1e6)
     team_burst: int = env("TEAM_BURST", 400, low=1, high=1_000_000)
     team_in_flight: int = env("TEAM_IN_FLIGHT", 512, low=1, high=1_000_000)

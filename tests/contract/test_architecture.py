@@ -28,6 +28,7 @@ READS_ENVIRONMENT = {
 # Tasks outside of a TaskGroup, and who holds and ends them.
 HOLDS_TASKS = {
     "shared/database.py": "a query that is given up goes on without us; its end is logged",
+    "services/gateway/threads.py": "a thread cannot be stopped: the call waits for it also when it is cancelled",
     "services/gateway/management/idempotency.py": "the request that is repeated goes on when its client goes; held in a set",
     "services/gateway/inference/generation.py": "pumps of one answer: held, and cancelled in its close",
 }

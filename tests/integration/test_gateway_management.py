@@ -140,6 +140,7 @@ async def test_another_teams_things_are_as_unknown_ones(gateway: Gateway) -> Non
         "model_id": model["model_id"],
         "resource_id": resource["resource_id"],
         "key_id": keys[0]["key_id"],
+        "upload_id": (await gateway.call("POST", "/api/models/uploads", key=mine)).json["upload_id"],
         "request_id": "req_" + "0" * 32,
     }
     body = {"gpus": 2}
@@ -194,6 +195,11 @@ BAD_BODIES: list[tuple[str, str, Any, int, str, str | None]] = [
     ("POST", "/api/models", {"name": "m", "path": "/etc"}, 400, "invalid_path", "path"),
     ("POST", "/api/models", {"name": "m", "path": "."}, 400, "invalid_path", "path"),
     ("POST", "/api/models", {"name": "m", "path": "nothing"}, 400, "invalid_path", "path"),
+    ("POST", "/api/models", {"name": "m"}, 400, "missing_parameter", "path"),
+    ("POST", "/api/models", {"name": "m", "path": None}, 400, "invalid_type", "path"),
+    ("POST", "/api/models", {"name": "m", "path": "a", "upload_id": "upl_" + "0" * 32}, 400, "invalid_value", "upload_id"),
+    ("POST", "/api/models", {"name": "m", "upload_id": "upl_" + "0" * 32}, 400, "unknown_upload", "upload_id"),
+    ("POST", "/api/models", {"name": "m", "upload_id": "../x"}, 400, "invalid_value", "upload_id"),
     ("POST", "/api/models", {"name": "M/../x", "path": "a"}, 400, "invalid_value", "name"),
     ("POST", "/api/options", {"model_type": "t"}, 400, "missing_parameter", "name"),
     ("POST", "/api/resources", {"name": "r", "model_type": "t", "option": "o"}, 400, "unknown_option", "option"),
@@ -525,7 +531,7 @@ async def test_no_route_fails_on_nasty_bodies_ids_and_queries(gateway: Gateway) 
             target = (
                 path.replace("{resource_id}", value).replace("{model_id}", value).replace("{key_id}", value)
             )
-            target = target.replace("{request_id}", value)
+            target = target.replace("{request_id}", value).replace("{upload_id}", value)
             for query in (
                 "",
                 "?team=%00",

@@ -12,6 +12,7 @@ from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
 from services.gateway.management.revisions import Revisions
 from services.gateway.management.teams import Teams
+from services.gateway.management.uploads import Uploads
 from services.gateway.management.usage import Usage
 from services.gateway.routes import RouteSpec
 
@@ -23,6 +24,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
     parts = (
         Teams(deps),
         Keys(deps),
+        Uploads(deps),
         Models(deps),
         Revisions(deps),
         OptionsAndPrices(deps),

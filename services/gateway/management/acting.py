@@ -19,6 +19,7 @@ from services.gateway.errors import ApiError, bad_request
 from services.gateway.keys import KeyCache
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
+from services.gateway.model_uploads import ModelUploads
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import PLATFORM, principal_of
 from services.gateway.store import Row, Store
@@ -53,6 +54,7 @@ class ManagementDeps:
     keys: KeyCache
     commands: CommandCaller
     importer: ModelImporter
+    uploads: ModelUploads
     public_url: str | None
 
 

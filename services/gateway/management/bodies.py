@@ -43,14 +43,29 @@ class CreateKey(Body):
     scopes: Annotated[list[Literal["inference", "manage", "platform"]], Meta(min_length=1, max_length=3)]
 
 
-class RegisterModel(Body):
+class ModelSource(Body, kw_only=True):
+    """Where the files come from: exactly one of these is given (`sources.py`)."""
+
+    path: (
+        Annotated[str, Meta(min_length=1, max_length=512, description="Folder below the import folder.")]
+        | UnsetType
+    ) = UNSET
+    upload_id: (
+        Annotated[
+            str,
+            Meta(pattern="^upl_[0-9a-f]{32}$", description="An upload with all files; it ends with this."),
+        ]
+        | UnsetType
+    ) = UNSET
+
+
+class RegisterModel(ModelSource, kw_only=True):
     name: ModelName
-    path: Annotated[str, Meta(min_length=1, max_length=512, description="Folder below the import folder.")]
     model_type: TypeName | None = None
 
 
-class AddRevision(Body):
-    path: Annotated[str, Meta(min_length=1, max_length=512, description="Folder below the import folder.")]
+class AddRevision(ModelSource, kw_only=True):
+    pass
 
 
 class ChangeModel(Body):

@@ -29,6 +29,8 @@ from services.gateway.management.acting import (
 )
 from services.gateway.management.bodies import ChangeModel, RegisterModel, parse
 from services.gateway.management.idempotency import idempotent
+from services.gateway.management.sources import Sources
+from services.gateway.model_import import SourceFolder
 from services.gateway.model_registry import (
     MODELS_PER_TEAM,
     HasAdapters,
@@ -51,6 +53,7 @@ class Models:
         self._registry = deps.models
         self._routes = deps.routes
         self._importer = deps.importer
+        self._sources = Sources(deps)
         self._public_url = deps.public_url
 
     def routes(self) -> list[RouteSpec]:
@@ -87,11 +90,10 @@ class Models:
         body = parse(await read_json(request), RegisterModel)
         if await self._registry.has_model_named(team.team_id, body.name):
             raise _name_taken()
-        folder = self._importer.find(body.path)
-        async with self._importer.one_at_a_time:
-            manifest = await self._importer.check(folder)
+        async with self._sources.opened(team, body) as source, self._importer.one_at_a_time:
+            manifest = await self._importer.check(source)
             await self._ensure_type(manifest, body.model_type, PLATFORM in principal_of(request).scopes)
-            model = await self._add(team, body.name, manifest, folder)
+            model = await self._add(team, body.name, manifest, source)
         await self._routes.refresh_if_possible()
         return model_answer(model, base_url(request, self._public_url), 201)
 
@@ -120,12 +122,12 @@ class Models:
             message = "Another model type has this name."
             raise ApiError(409, "name_taken", message, param="model_type") from error
 
-    async def _add(self, team: Acting, name: str, manifest: ModelManifest, folder: Any) -> ModelView:
+    async def _add(self, team: Acting, name: str, manifest: ModelManifest, source: SourceFolder) -> ModelView:
         model_id = new_id("mod")
         kept = False
         try:
             stored = f"{model_id}/1"
-            await self._importer.take(folder, manifest, stored)
+            await self._importer.take(source, manifest, stored)
             first = NewRevision(model_id, 1, stored, manifest.to_json(), manifest.context_tokens)
             await self._registry.add_model(team.team_id, name, manifest.signature, first)
             kept = True

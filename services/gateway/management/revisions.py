@@ -22,6 +22,8 @@ from services.gateway.management.acting import (
 from services.gateway.management.bodies import AddRevision, parse
 from services.gateway.management.idempotency import idempotent
 from services.gateway.management.models import base_json, base_url, find_model, model_answer
+from services.gateway.management.sources import Sources
+from services.gateway.model_import import SourceFolder
 from services.gateway.model_registry import ModelGone, NewRevision
 from services.gateway.principal import ModelView
 from services.gateway.revision_rules import REVISIONS_PER_MODEL
@@ -36,6 +38,7 @@ class Revisions:
         self._registry = deps.models
         self._routes = deps.routes
         self._importer = deps.importer
+        self._sources = Sources(deps)
         self._public_url = deps.public_url
 
     def routes(self) -> list[RouteSpec]:
@@ -56,22 +59,21 @@ class Revisions:
         team = await acting_team(request, self._store)
         model = await find_model(self._registry, team, request)
         body = parse(await read_json(request), AddRevision)
-        folder = self._importer.find(body.path)
-        async with self._importer.one_at_a_time:
-            manifest = await self._importer.check(folder)
-            _require_same_type(model, manifest)
-            await self._add(team, model.model_id, manifest, folder)
+        async with self._sources.opened(team, body) as source, self._importer.one_at_a_time:
+            manifest = await self._importer.check(source)
+            _require_same_type(model, manifest, source)
+            await self._add(team, model.model_id, manifest, source)
         await self._routes.refresh_if_possible()
         changed = await find_model(self._registry, team, request)
         return model_answer(changed, base_url(request, self._public_url), 201)
 
-    async def _add(self, team: Acting, model_id: str, manifest: ModelManifest, folder: Any) -> None:
+    async def _add(self, team: Acting, model_id: str, manifest: ModelManifest, source: SourceFolder) -> None:
         stored = ""
         kept = False
         try:
             number = await self._registry.next_revision(team.team_id, model_id)
             stored = f"{model_id}/{number}"
-            await self._importer.take(folder, manifest, stored)
+            await self._importer.take(source, manifest, stored)
             await self._registry.add_revision(
                 team.team_id,
                 NewRevision(model_id, number, stored, manifest.to_json(), manifest.context_tokens),
@@ -94,11 +96,11 @@ class Revisions:
         return answer({"data": [_revision_json(row) for row in rows], "next_cursor": None})
 
 
-def _require_same_type(model: ModelView, manifest: ModelManifest) -> None:
+def _require_same_type(model: ModelView, manifest: ModelManifest, source: SourceFolder) -> None:
     # Resources, prices and URLs of the name are those of its type.
     if manifest.signature != model.signature:
         message = f"The model is of the type '{model.model_type}'; this folder holds another type."
-        raise bad_request("model_type_mismatch", message, "path")
+        raise bad_request("model_type_mismatch", message, source.param)
 
 
 def _revision_json(row: Row) -> dict[str, Any]:

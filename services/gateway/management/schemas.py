@@ -53,6 +53,8 @@ MODEL = obj(
     model_id=TEXT, name=TEXT, revision=COUNT, model_type=TEXT, signature=TEXT, context_tokens=COUNT, base=BASE,
     url=TEXT, snippet=TEXT,
 )  # fmt: skip
+UPLOADED_FILE = obj(name=TEXT, size_bytes=COUNT, sha256=TEXT)
+UPLOAD = obj(upload_id=TEXT, files=array(UPLOADED_FILE), created_at=TIME, expires_at=TIME)
 REVISION = obj(
     revision=COUNT, current=FLAG, context_tokens=COUNT, size_bytes=COUNT, base=BASE, created_at=TIME
 )
@@ -136,6 +138,7 @@ def route(
     body: type[Body] | None = None,
     answers: Mapping[int, Schema | None] | None = None,
     query: Mapping[str, Schema] | None = None,
+    max_body_bytes: int | None = None,
 ) -> RouteSpec:
     """Return an `/api` route."""
     return RouteSpec(
@@ -148,5 +151,6 @@ def route(
         request_schema=None if body is None else body_schema(body),
         responses=answers,
         query=query or {},
+        max_body_bytes=max_body_bytes,
         tag=path.split("/")[2],
     )
