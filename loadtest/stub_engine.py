@@ -43,6 +43,9 @@ class StubEngine:
             self._models.add(handle)
         return ModelInfo(handle, 1, 65536, 1 << 20, ())
 
+    def load_image(self, handle: str, path: Path, key: str, *, ask_canary: bool) -> ModelInfo:
+        return self.load_model(handle, path)
+
     def unload_model(self, handle: str) -> None:
         if any(answer.request.model == handle for answer in self._answers.values()):
             raise ValueError(f"model {handle} has sequences")

@@ -530,12 +530,25 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     detail: str = ""
 
 
+class ModelDamaged(Message, frozen=True, tag="worker.model_damaged.v1"):
+    """An alarm: a worker found a model's files, its image or its answers to be other than they were. It took the model out."""
+
+    event_id: str
+    worker_id: str
+    resource_id: str
+    model_id: str
+    revision: int
+    reason: str
+    found_unix_ms: int
+
+
 JobQueueMessage = GenerateJob | EmbedJob
 ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | CommandResult
 WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
 FleetEvent = NodeReport | WorkerReport
+Alarm = ModelDamaged
 SchedulerCommand = (
     CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
 )

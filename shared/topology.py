@@ -110,6 +110,12 @@ BILLING_EVENTS = _quorum(
     max_bytes=8 * 1024 * 1024 * 1024,
     bindings=("usage.job_finished.v1", "usage.job_voided.v1"),
 )
+ALARMS = _quorum(
+    "events.v1.alarms",
+    max_length=10_000,
+    max_bytes=64 * 1024 * 1024,
+    bindings=("worker.model_damaged.v1",),
+)
 # A dead-letter queue has no dead-letter route, so the default limit of 4.x would drop from it: -1 switches it off.
 DEAD = Queue(
     DEAD_QUEUE,
@@ -121,5 +127,5 @@ DEAD = Queue(
     },
 )
 
-STATIC_QUEUES = (DEAD, SCHEDULER_COMMANDS, BILLING_COMMANDS, BILLING_EVENTS)
+STATIC_QUEUES = (DEAD, SCHEDULER_COMMANDS, BILLING_COMMANDS, BILLING_EVENTS, ALARMS)
 """Declared by every service at start, so that their order of start does not matter."""

@@ -95,6 +95,15 @@ class Views:
             limit,
         )
 
+    async def model_alarms(self, resource_id: str, limit: int) -> list[asyncpg.Record]:
+        """Return the newest."""
+        return await self._database.fetch(
+            "SELECT * FROM scheduler_api.model_alarms_v1 WHERE resource_id = $1"
+            " ORDER BY found_at DESC, event_id LIMIT $2",
+            resource_id,
+            limit,
+        )
+
     async def options(self, model_type: str | None, after: str, limit: int) -> list[asyncpg.Record]:
         return await self._database.fetch(
             "SELECT * FROM scheduler_api.options_v1"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from functools import partial
 
+from services.scheduler.alarms import AlarmKeeper
 from services.scheduler.dead_letters import DeadLetterKeeper
 from services.scheduler.desired import Desired
 from services.scheduler.fleet import Fleet
@@ -20,7 +21,7 @@ from shared import topology
 from shared.broker import Broker
 from shared.database import Database
 from shared.ids import new_id
-from shared.messages import FleetEvent, SchedulerCommand
+from shared.messages import Alarm, FleetEvent, SchedulerCommand
 from shared.outcomes import Unavailable
 from shared.runtime import Lifetime, run
 
@@ -52,6 +53,7 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     life.group.create_task(
         broker.consume(topology.SCHEDULER_COMMANDS, SchedulerCommand, commands.on_command, prefetch=1)
     )
+    life.group.create_task(broker.consume(topology.ALARMS, Alarm, AlarmKeeper(database).on_alarm))
     life.group.create_task(DeadLetterKeeper(broker, database).run())
     leading = life.group.create_task(leader.run())
     life.started()

@@ -5,23 +5,18 @@ absent -> loading -> ready -> evicting -> absent;  loading -> failed -> absent (
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import structlog
 
-from services.worker.engine_thread import EngineThread
-from services.worker.held import model_handle
+from services.worker.model_files import ModelUnavailable
 from services.worker.model_history import ModelHistories
+from services.worker.model_loads import ModelLoads
 from services.worker.pull_snapshot import ModelKey, ModelSlot
 from shared.messages import ModelRef, ResidentModel
-from shared.model_folder import ModelManifest
 
 log = structlog.get_logger()
 
@@ -32,10 +27,6 @@ _BYTES_FACTOR = {"bf16": 1.0, "fp32": 2.0, "int8": 0.8}
 """Memory for weights relative to the bf16 files; int8 keeps embeddings in bf16. Replaced by the truth once loaded."""
 
 State = Literal["loading", "ready", "evicting", "failed"]
-
-
-class ModelUnavailable(Exception):
-    """The model cannot be served by this worker now; the message says why, without paths."""
 
 
 @dataclass(slots=True)
@@ -51,9 +42,8 @@ class _Resident:
 class Residency:
     """Loads and evicts on command; answers what is where."""
 
-    def __init__(self, engine: EngineThread, store: Path, precision: str) -> None:
-        self._engine = engine
-        self._store = store
+    def __init__(self, loads: ModelLoads, precision: str) -> None:
+        self._loads = loads
         self._factor = _BYTES_FACTOR[precision]
         self._models: dict[ModelKey, _Resident] = {}
         self._sizes: dict[ModelKey, int] = {}
@@ -131,9 +121,7 @@ class Residency:
         """Estimated weight bytes of a model that is not loaded yet. Raises `ModelUnavailable`."""
         key = (ref.model_id, ref.revision)
         if key not in self._sizes:
-            files = self._manifest(ref).files
-            weight_bytes = sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
-            self._sizes[key] = int(weight_bytes * self._factor)
+            self._sizes[key] = int(self._loads.file_bytes(ref) * self._factor)
         return self._sizes[key]
 
     def sizes(self) -> Mapping[ModelKey, int]:
@@ -148,9 +136,7 @@ class Residency:
         self._models[key] = _Resident("loading", self.size(ref), time.monotonic())
         started_s = time.monotonic()
         try:
-            folder = self._folder(ref)
-            await asyncio.to_thread(verify_files, folder, self._manifest(ref))
-            info = await self._engine.load(model_handle(key), folder)
+            info = await self._loads.load(ref)
         except Exception as error:
             reason = (
                 str(error) if isinstance(error, ModelUnavailable) else f"{type(error).__name__} while loading"
@@ -175,30 +161,9 @@ class Residency:
         """ready -> evicting -> absent. Raises `ValueError`, and leaves it ready, while a sequence of it lives."""
         self._models[key].state = "evicting"
         try:
-            await self._engine.unload(model_handle(key))
+            await self._loads.unload(key)
         except ValueError:
             self._models[key].state = "ready"
             raise
         del self._models[key]
         log.info("model_evicted", model_id=key[0], revision=key[1])
-
-    def _folder(self, ref: ModelRef) -> Path:
-        folder = (self._store / ref.folder).resolve()
-        if not folder.is_relative_to(self._store.resolve()):
-            raise ModelUnavailable("the model's folder is outside the store")
-        return folder
-
-    def _manifest(self, ref: ModelRef) -> ModelManifest:
-        try:
-            return ModelManifest.from_json(json.loads((self._folder(ref) / "manifest.json").read_bytes()))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelUnavailable("the model's manifest cannot be read") from error
-
-
-def verify_files(folder: Path, manifest: ModelManifest) -> None:
-    """Compare every file with the checksum made at registration. Raises `ModelUnavailable` at the first difference."""
-    for expected in manifest.files:
-        with (folder / expected.name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected.sha256:
-            raise ModelUnavailable(f"{expected.name} differs from what was registered")

@@ -30,11 +30,14 @@ from services.worker.held import (
     to_message,
     usage_message,
 )
+from services.worker.image_store import ImageStore
+from services.worker.model_files import ModelUnavailable
+from services.worker.model_loads import ModelLoads
 from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
 from services.worker.owners import Owners
 from services.worker.pull_snapshot import ModelKey
 from services.worker.reports import Reporter
-from services.worker.residency import ModelUnavailable, Residency
+from services.worker.residency import Residency
 from services.worker.settings import WorkerSettings
 from services.worker.snapshots import take_snapshot
 from services.worker.stages import job_attributes, record_stages
@@ -52,6 +55,7 @@ from shared.messages import (
     JobClaimed,
     JobQueueMessage,
     JobUsage,
+    ModelDamaged,
     ModelRef,
     Outcome,
     OwnerBeat,
@@ -81,13 +85,19 @@ class Worker:
     """One replica at one place."""
 
     def __init__(
-        self, spec: WorkerSpec, settings: WorkerSettings, broker: Broker, engine: EnginePort
+        self,
+        spec: WorkerSpec,
+        settings: WorkerSettings,
+        broker: Broker,
+        engine: EnginePort,
+        images: ImageStore | None = None,
     ) -> None:
         self.spec = spec
         self._settings = settings
         self._broker = broker
         self._engine = EngineThread(engine, self._on_report, self._on_refused)
-        self._residency = Residency(self._engine, settings.model_store, spec.precision)
+        self._loads = ModelLoads(self._engine, settings.model_store, images, self._on_damage)
+        self._residency = Residency(self._loads, spec.precision)
         self._sender = DeltaSender(broker, spec.worker_id)
         self._commands = topology.worker_commands(spec.worker_id)
         self._held: dict[str, Held] = {}
@@ -117,6 +127,7 @@ class Worker:
         await self._broker.subscribe(self._commands, WorkerCommand, self._on_command, prefetch=0, no_ack=True)
         self._reporter.enter("loading")
         await self._preload()
+        group.create_task(self._loads.make_images())
         group.create_task(self._sender.run())
         group.create_task(self._beats())
         group.create_task(self._pump())
@@ -327,6 +338,25 @@ class Worker:
         for held in unbegun:
             held.swap_ended_unix_ns = time.time_ns()
         self._wake.set()
+
+    def _on_damage(self, ref: ModelRef, reason: str) -> None:
+        log.error("model_damaged", model_id=ref.model_id, revision=ref.revision, reason=reason)
+        self._group.create_task(self._send_alarm(ref, reason))
+
+    async def _send_alarm(self, ref: ModelRef, reason: str) -> None:
+        alarm = ModelDamaged(
+            event_id=new_id("evt"),
+            worker_id=self.spec.worker_id,
+            resource_id=self.spec.resource_id,
+            model_id=ref.model_id,
+            revision=ref.revision,
+            reason=reason,
+            found_unix_ms=time.time_ns() // 1_000_000,
+        )
+        try:
+            await self._broker.publish_event(alarm)
+        except (Unavailable, PublishRefused, Unroutable) as error:
+            log.error("alarm_not_sent", model_id=ref.model_id, error=str(error))
 
     async def _evict(self, key: ModelKey) -> None:
         try:

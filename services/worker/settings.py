@@ -18,6 +18,10 @@ class WorkerSettings(CommonSettings):
     """That compute on a CPU; 0: the engine measures at start whether more than one bring anything."""
     model_memory_bytes: int = env("ROUNDHOUSE_WORKER_MODEL_BYTES", 2 * 1024**3, low=1)
     """Budget for the weights of resident models (host memory on a CPU, device memory on a GPU)."""
+    image_dir: str = env("ROUNDHOUSE_IMAGE_DIR", "")
+    """A folder on this host's own disk for images of models, shared by its workers; empty: load from the store's folders."""
+    image_bytes: int = env("ROUNDHOUSE_IMAGE_BYTES", 50 * 1024**3, low=1)
+    """Limit of that folder; images that no worker holds leave it, the longest unused first."""
     lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 4, low=0, high=16)
     """Jobs held beyond the running batch, so that a place that frees is filled within one step."""
     most_hold_s: float = env("ROUNDHOUSE_WORKER_HOLD_S", 60.0, low=1.0, high=600.0)

@@ -27,6 +27,7 @@ from shared.messages import (
     JobUsage,
     JobVoided,
     Message,
+    ModelDamaged,
     ModelHistory,
     ModelRef,
     NodeDevice,
@@ -271,6 +272,15 @@ EXAMPLES: tuple[Message, ...] = (
     StartWorker(node_id="local", epoch=7, deadline_unix_ms=NOW_UNIX_MS + 20_000, spec=WORKER_SPEC),
     StopWorker(node_id="local", epoch=7, incarnation="inc_1", grace_s=30.5),
     DrainWorker(worker_id="wrk_1", incarnation="inc_1"),
+    ModelDamaged(
+        event_id="evt_1",
+        worker_id="wrk_1",
+        resource_id="res_1",
+        model_id="mod_1",
+        revision=2,
+        reason="chunk 3 of 78 differs from what was written",
+        found_unix_ms=1_700_000_000_000,
+    ),
     NodeReport(
         node_id="local",
         agent_id="agt_1",

@@ -22,6 +22,7 @@ READS_ENVIRONMENT = {
     "shared/settings.py": "the one place where it is read",
     "shared/telemetry.py": "the exporters' own OTEL_ variables, whose names are a standard",
     "shared/model_folder.py": "tells the tokenizers library to start no threads",
+    "services/worker/image_store.py": "a child that makes an image gets PATH alone",
     "services/worker/agent/__main__.py": "workers inherit the agent's environment, less what they may not have",
     "services/gateway/model_import.py": "the checking process gets PATH and nothing else",
 }
@@ -138,6 +139,7 @@ def test_the_engine_needs_only_its_libraries() -> None:
     """It is measured alone on machines that have nothing else."""
     allowed = {
         "torch",
+        "xxhash",  # and does without
         "transformers",
         "tokenizers",
         "safetensors",

@@ -30,7 +30,10 @@ DELETES = {
     "scheduler.nodes",
     "scheduler.dead_letters",
     "scheduler.worker_models",
+    "scheduler.model_alarms",
     "billing.requests",
+    "billing.request_costs",
+    "billing.hour_costs",
     "billing.command_results",
 }
 BILLING_UPDATES = {"billing.requests", "billing.minute_charges"}

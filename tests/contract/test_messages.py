@@ -26,6 +26,7 @@ UNIONS = {
         "FleetEvent": messages.FleetEvent,
         "SchedulerCommand": messages.SchedulerCommand,
         "BillingCommand": messages.BillingCommand,
+        "Alarm": messages.Alarm,
     }.items()
 }
 

@@ -53,6 +53,7 @@ READERS = {
     "DEAD": "scheduler",
     "SCHEDULER_COMMANDS": "scheduler",
     "scheduler_events": "scheduler",
+    "ALARMS": "scheduler",
     "BILLING_COMMANDS": "billing",
     "BILLING_EVENTS": "billing",
     "job_queues": "worker",

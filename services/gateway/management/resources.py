@@ -40,6 +40,7 @@ from services.gateway.store import Row
 from shared import messages, topology
 
 NEWEST = 2**62
+MOST_ALARMS = 100
 _Switch = (
     messages.TurnOnResource | messages.TurnOffResource | messages.DeleteResource | messages.ScaleResource
 )
@@ -88,6 +89,10 @@ class Resources:
             schemas.route(
                 "GET", f"{one}/decisions", self.decisions, MANAGE, "What the scheduler decided, newest first",
                 answers={200: schemas.page(schemas.DECISION)}, query=PAGE_QUERY | TEAM_QUERY,
+            ),
+            schemas.route(
+                "GET", f"{one}/alarms", self.alarms, MANAGE, "Models that were found damaged, newest first",
+                answers={200: schemas.page(schemas.MODEL_ALARM)}, query=TEAM_QUERY,
             ),
         ]  # fmt: skip
 
@@ -192,6 +197,23 @@ class Resources:
             },
             lambda row: str(row["decision_id"]),
         )
+
+    async def alarms(self, request: web.Request) -> web.Response:
+        team = await acting_team(request, self._store)
+        resource_id = path_id(request, "resource_id")
+        await self._row(team, resource_id)
+        rows = await self._views.model_alarms(resource_id, MOST_ALARMS)
+        data = [
+            {
+                "model_id": row["model_id"],
+                "revision": row["revision"],
+                "worker_id": row["worker_id"],
+                "reason": row["reason"],
+                "found_at": timestamp(row["found_at"]),
+            }
+            for row in rows
+        ]
+        return answer({"data": data, "next_cursor": None})
 
     async def _change(self, command: _Switch) -> None:
         result = await self._commands.call(topology.SCHEDULER_COMMANDS, command)

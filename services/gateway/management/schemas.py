@@ -99,6 +99,7 @@ RESOURCE_MODEL = obj(
     )),
 )  # fmt: skip
 DECISION = obj(decision_id=COUNT, decided_at=TIME, action=TEXT, words=TEXT)
+MODEL_ALARM = obj(model_id=TEXT, revision=COUNT, worker_id=TEXT, reason=TEXT, found_at=TIME)
 USAGE_ROW = obj(
     group=OPTIONAL_TEXT, requests=COUNT, prompt_tokens=COUNT, completion_tokens=COUNT, tokens_nanousd=INTEGER,
     tokens_usd=USD, minutes=COUNT, minutes_nanousd=INTEGER, minutes_usd=USD,

@@ -70,6 +70,8 @@ def worker_environment(
         processes.HOME_VARIABLE: home,
         DEVICE_VARIABLE: device.name,
         SPEC_VARIABLE: msgspec.json.encode(spec).decode(),
+        # One folder for all workers of this host, on its own disk.
+        "ROUNDHOUSE_IMAGE_DIR": inherited.get("ROUNDHOUSE_IMAGE_DIR", f"{home}/images"),
         # A worker sees the one GPU that it was given, as number 0, and on a processor's seat none at all.
         "CUDA_VISIBLE_DEVICES": str(device.index) if device.kind == "cuda" else "",
         "OPS_PORT": "0",

@@ -24,7 +24,7 @@ def make_decoder(
     if device.type == "cpu" and config.kernels != "torch":
         reason = refusal_reason(spec, config.precision, config.block_tokens)
         if reason is None:
-            return NativeDecoder(spec, weights, config.precision, config.threads or 1)
+            return NativeDecoder.pack(spec, weights, config.precision, config.threads or 1)
         if config.kernels == "native":
             raise ModelRefusal(f"the C kernels cannot serve this: {reason}")
     if device.type == "cuda" and config.kernels != "torch":

@@ -23,10 +23,10 @@ class ByteTable:
     """The bytes of each token id; special tokens and ids beyond the tokenizer have none."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = pieces
+        self.pieces = pieces
 
     def __getitem__(self, token: int) -> bytes:
-        return self._pieces[token] if token < len(self._pieces) else b""
+        return self.pieces[token] if token < len(self.pieces) else b""
 
 
 def read_byte_table(tokenizer_json: bytes) -> ByteTable:

@@ -89,6 +89,19 @@ class Engine:
             self._install(model)
         return model.info
 
+    def load_image(self, handle: str, path: Path, key: str, *, ask_canary: bool) -> ModelInfo:
+        """As `load_model`, from an image that `convert` made: mapped and verified, in a tenth of the time.
+
+        ask_canary: also compare what the model says, two passes long. Raises ImageDamaged, OSError when the file is gone,
+        ModelRefusal, ValueError when the handle is taken; then nothing is kept.
+        """
+        with self._reserved(handle):
+            model = self._loader.load_image(
+                handle, path, key, ask_canary=ask_canary, is_busy=lambda: self.has_work
+            )
+            self._install(model)
+        return model.info
+
     def load_decoder(self, handle: str, decoder: Decoder) -> ModelInfo:
         """A model that is in memory already and has no tokenizer: its answers are tokens without text.
 

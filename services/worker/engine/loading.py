@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -14,13 +16,19 @@ from .decoder import Decoder
 from .decoder_choice import describe_kernels, make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
+from .images.canary import Canary, sing
+from .images.image_file import ImageDamaged
+from .images.model_image import ModelImage, open_model_image, save_model_image
 from .lora import PreparedAdapter, read_adapter
 from .module_loading import load_module
-from .native.decoder import NativeDecoder
+from .native.decoder import NativeDecoder, refusal_reason
 from .sampling import Sampler
 from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
 from .thread_choice import measure_threads
 from .weights import Checkpoint
+
+# 325 MB are read in some 15 ms alone, and in 150 ms beside a model that answers.
+_BUSY_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,45 @@ class ModelLoader:
         decoder = self._load_decoder(folder)
         self._set_threads(decoder)
         return self.wrap(handle, decoder, self._byte_table(folder))
+
+    def load_image(
+        self, handle: str, path: Path, key: str, *, ask_canary: bool, is_busy: Callable[[], bool]
+    ) -> LoadedModel:
+        """is_busy: whether models are computing at the moment; most of the memory's speed is then left to them.
+
+        Raises OSError, ImageDamaged.
+        """
+        found = open_model_image(path, key, self._config.max_context_tokens)
+        found.image.verify(_Pace(is_busy).wait)
+        decoder = self._decoder_of(found)
+        if ask_canary and found.canary.differs_from(self._sing(decoder), is_exact=self._device.type == "cpu"):
+            raise ImageDamaged("the model does not say what it said when its image was made")
+        self._set_threads(decoder)
+        table = self._byte_tables.get(found.tokenizer_digest)
+        if table is None:
+            table = self._byte_tables[found.tokenizer_digest] = found.byte_table()
+        return self.wrap(handle, decoder, table)
+
+    def convert(self, folder: Path, path: Path, key: str) -> int:
+        """Makes the image of a model folder; returns its bytes. Raises ModelRefusal also where models of this kind have none,
+        and OSError.
+        """
+        decoder = self._load_decoder(folder)
+        if not isinstance(decoder, NativeDecoder):
+            raise ModelRefusal(f"{type(decoder).__name__} computes this model, of which there are no images")
+        digest = hashlib.sha256(read_tokenizer_file(folder)).digest()
+        canary = self._sing(decoder)
+        return save_model_image(path, key, folder, decoder.weights, self._byte_table(folder), digest, canary)
+
+    def _decoder_of(self, found: ModelImage) -> NativeDecoder:
+        config = self._config
+        reason = refusal_reason(found.spec, config.precision, config.block_tokens)
+        if self._device.type != "cpu" or reason is not None:
+            raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
+        return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
+
+    def _sing(self, decoder: Decoder) -> Canary:
+        return sing(decoder, self._config.precision, self._device)
 
     def wrap(self, handle: str, decoder: Decoder, byte_table: ByteTable) -> LoadedModel:
         spec = decoder.spec
@@ -114,3 +161,15 @@ class ModelLoader:
             table = read_byte_table(content)
             self._byte_tables[digest] = table
         return table
+
+
+class _Pace:
+    """Keeps a reader to a share of its time while others need the memory."""
+
+    def __init__(self, is_busy: Callable[[], bool]) -> None:
+        self._is_busy, self._since_s = is_busy, time.monotonic()
+
+    def wait(self, _read_bytes: int) -> None:
+        if self._is_busy():
+            time.sleep((time.monotonic() - self._since_s) * (1 / _BUSY_SHARE - 1))
+        self._since_s = time.monotonic()

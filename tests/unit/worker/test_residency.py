@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import pytest
 
 from services.worker import residency
 from services.worker.engine import ModelInfo
-from services.worker.engine_thread import EngineThread
-from services.worker.residency import ModelUnavailable, Residency
+from services.worker.model_files import ModelUnavailable
+from services.worker.model_loads import ModelLoads
+from services.worker.pull_snapshot import ModelKey
+from services.worker.residency import Residency
 from shared.messages import ModelRef
-from shared.model_files import ModelFile
 
 REF = ModelRef(model_id="mod_1", revision=1, name="team/model", folder="mod_1/1", signature="s")
 
 
-class Engine:
+class Loads:
     """Loads and unloads; a load takes `load_s` of the test's time."""
 
     def __init__(self, clock: list[float], load_s: float) -> None:
         self._clock, self._load_s = clock, load_s
 
-    async def load(self, handle: str, folder: Path) -> ModelInfo:
-        self._clock[0] += self._load_s
-        return ModelInfo(handle, 100, 8, 8, ())
+    def file_bytes(self, ref: ModelRef) -> int:
+        return 200
 
-    async def unload(self, handle: str) -> None:
+    async def load(self, ref: ModelRef) -> ModelInfo:
+        self._clock[0] += self._load_s
+        return ModelInfo("m", 100, 8, 8, ())
+
+    async def unload(self, key: ModelKey) -> None:
         pass
 
 
-class BrokenEngine:
+class BrokenLoads(Loads):
     def __init__(self, error: Exception) -> None:
+        super().__init__([0.0], 0.0)
         self._error = error
 
-    async def load(self, handle: str, folder: Path) -> Any:
+    async def load(self, ref: ModelRef) -> ModelInfo:
         raise self._error
 
 
@@ -53,13 +57,10 @@ class BrokenEngine:
     ],
 )
 async def test_a_model_that_fails_to_load_for_any_reason_is_failed_and_nothing_else_is(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
 ) -> None:
     """Whatever else came out of it would end the worker, and all answers that run on it."""
-    monkeypatch.setattr(residency, "verify_files", lambda folder, manifest: None)
-    resident = Residency(cast(EngineThread, BrokenEngine(error)), tmp_path, "bf16")
-    monkeypatch.setattr(resident, "_manifest", lambda ref: None)
-    monkeypatch.setattr(resident, "size", lambda ref: 1)
+    resident = Residency(cast(ModelLoads, BrokenLoads(error)), "bf16")
     with pytest.raises(ModelUnavailable, match=type(error).__name__):
         await resident.load(REF)
     assert resident.failure(("mod_1", 1)) == f"{type(error).__name__} while loading"
@@ -67,15 +68,12 @@ async def test_a_model_that_fails_to_load_for_any_reason_is_failed_and_nothing_e
 
 
 async def test_a_turn_runs_while_there_is_work_and_begins_anew_after_a_break_or_a_swap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     key = (REF.model_id, REF.revision)
     clock = [100.0]
     monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(residency, "verify_files", lambda folder, manifest: None)
-    resident = Residency(cast(EngineThread, Engine(clock, 3.0)), tmp_path, "bf16")
-    monkeypatch.setattr(resident, "_manifest", lambda ref: None)
-    monkeypatch.setattr(resident, "size", lambda ref: 1)
+    resident = Residency(cast(ModelLoads, Loads(clock, 3.0)), "bf16")
 
     def turn_after(seconds: float, *, work: bool) -> float:
         clock[0] += seconds
@@ -91,15 +89,12 @@ async def test_a_turn_runs_while_there_is_work_and_begins_anew_after_a_break_or_
 
 
 async def test_a_swap_costs_what_it_took_and_an_unknown_one_what_its_size_suggests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = msgspec.structs.replace(REF, model_id="mod_2")
     clock = [100.0]
     monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(residency, "verify_files", lambda folder, manifest: None)
-    resident = Residency(cast(EngineThread, Engine(clock, 3.0)), tmp_path, "bf16")
-    weights = [ModelFile("model.safetensors", 200, "")]
-    monkeypatch.setattr(resident, "_manifest", lambda ref: SimpleNamespace(files=weights))
+    resident = Residency(cast(ModelLoads, Loads(clock, 3.0)), "bf16")
     resident.size(other)
     assert resident.swap_costs({("mod_2", 1)}) == {}
     await resident.load(REF)

@@ -7,6 +7,7 @@ into chunks, nor on how many threads there are.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import numpy as np
 import torch
@@ -14,16 +15,17 @@ from torch.nn import functional
 
 from ..api import ModelRefusal
 from ..decoder import kv_dtype
-from ..decoder_weights import DecoderWeights, LayerWeights, NormWeights
+from ..decoder_weights import DecoderWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
 from ..lora import LoraAdapter
 from ..packing import PackedTokens, token_tensor
-from ..spec import DecoderSpec, alibi_slopes, rotary_frequencies
+from ..spec import DecoderSpec, RopeSpec, alibi_slopes, rotary_frequencies
 from . import bindings
 from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
 from .build import load_library
-from .panels import GROUP, PackedLinear, pack_linear, padded
+from .packed_weights import Tensors, pack_weights, product_shapes
+from .panels import GROUP, padded
 
 _KINDS = {"fp32": Kind.FP32, "bf16": Kind.BF16, "int8": Kind.INT8}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
@@ -50,28 +52,31 @@ def refusal_reason(spec: DecoderSpec, precision: str, block_tokens: int) -> str 
 
 
 class NativeDecoder:
-    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, precision: str, threads: int) -> None:
-        """Packs all weights: a second for each few hundred million parameters. `refusal_reason` must have been None."""
+    def __init__(self, spec: DecoderSpec, weights: Tensors, precision: str, threads: int) -> None:
+        """weights: as `pack_weights` names them, kept and never written to. `refusal_reason` must have been None."""
         library = load_library().library
         assert library is not None, "the caller asks refusal_reason first"
         self._library = library
         self.spec = spec
+        self.weights = weights
+        self.weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         self._kind, self._threads = _KINDS[precision], threads
         self.kv_dtype = kv_dtype(precision)
-        self._kept: list[object] = []  # whatever the structs point to
-        self.weight_bytes = 0
-        self._embedding = weights.embedding
-        self._position_table = weights.position_table
-        self._embedding_norm = (
-            None if weights.embedding_norm is None else self._floats_of(weights.embedding_norm)
-        )
-        self._final_norm = self._floats_of(weights.final_norm)
-        layers = (bindings.Layer * spec.layers)()
-        for index in range(spec.layers):
-            layers[index] = self._layer(weights.layer(index))
-        self._struct = self._decoder_struct(layers, weights)
-        self.weight_bytes += weights.embedding.nbytes
+        self._embedding = weights["embedding"]
+        self._position_table = weights.get("position_table")
+        self._embedding_norm = self._norm_pair("embedding_norm") if spec.has_embedding_norm else None
+        self._final_norm = self._norm_pair("final_norm")
+        self._angles = angle_tables(spec.rope, spec.max_positions) if spec.rope is not None else (None, None)
+        self._slopes = torch.tensor(alibi_slopes(spec.heads)) if spec.position == "alibi" else None
+        self._shapes = product_shapes(spec)
+        self._layers = (bindings.Layer * spec.layers)(*map(self._layer, range(spec.layers)))
+        self._struct = self._decoder_struct()
         self._scratch = _Scratch(spec, self._kind, threads)
+
+    @classmethod
+    def pack(cls, spec: DecoderSpec, weights: DecoderWeights, precision: str, threads: int) -> NativeDecoder:
+        """From a checkpoint's weights, of which it keeps none but the embedding."""
+        return cls(spec, pack_weights(spec, weights, _KINDS[precision]), precision, threads)
 
     @property
     def threads(self) -> int:
@@ -136,30 +141,22 @@ class NativeDecoder:
             )
         return hidden
 
-    def _layer(self, weights: LayerWeights) -> bindings.Layer:
+    def _layer(self, index: int) -> bindings.Layer:
+        name = f"layers.{index}."
         return bindings.Layer(
-            attention_norm=self._norm(weights.attention_norm),
-            mlp_norm=self._norm(weights.mlp_norm),
-            query_norm=address(self._floats(weights.query_norm)),
-            key_norm=address(self._floats(weights.key_norm)),
-            qkv=self._linear(pack_linear(weights.qkv, self._kind)),
-            attention_output=self._linear(pack_linear(weights.attention_output, self._kind)),
-            mlp_in=self._linear(pack_linear(weights.mlp_in, self._kind)),
-            mlp_out=self._linear(pack_linear(weights.mlp_out, self._kind)),
+            attention_norm=self._norm(name + "attention_norm"),
+            mlp_norm=self._norm(name + "mlp_norm"),
+            query_norm=address(self.weights.get(name + "query_norm")),
+            key_norm=address(self.weights.get(name + "key_norm")),
+            qkv=self._product(name, "qkv"),
+            attention_output=self._product(name, "attention_output"),
+            mlp_in=self._product(name, "mlp_in"),
+            mlp_out=self._product(name, "mlp_out"),
         )
 
-    def _decoder_struct(
-        self, layers: ctypes.Array[bindings.Layer], weights: DecoderWeights
-    ) -> bindings.Decoder:
+    def _decoder_struct(self) -> bindings.Decoder:
         spec, rope = self.spec, self.spec.rope
-        cos = sin = slopes = None
-        if rope is not None:
-            frequencies = torch.tensor(rotary_frequencies(rope), dtype=torch.float32)
-            angles = torch.outer(torch.arange(spec.max_positions, dtype=torch.float32), frequencies)
-            cos, sin = self._floats(angles.cos()), self._floats(angles.sin())
-        if spec.position == "alibi":
-            slopes = self._floats(torch.tensor(alibi_slopes(spec.heads)))
-        self._kept.append(layers)
+        cos, sin = self._angles
         return bindings.Decoder(
             layer_count=spec.layers,
             hidden_size=spec.hidden_size,
@@ -179,32 +176,40 @@ class NativeDecoder:
             score_scale=spec.head_dim**-0.5,
             cos=address(cos),
             sin=address(sin),
-            slopes=address(slopes),
-            layers=layers,
-            final_norm=self._norm(weights.final_norm),
-            head=self._linear(pack_linear(weights.head, self._kind)),
+            slopes=address(self._slopes),
+            layers=self._layers,
+            final_norm=self._norm("final_norm"),
+            head=self._product("", "head"),
         )
 
-    def _linear(self, packed: PackedLinear) -> bindings.Linear:
-        self._kept.append(packed)
-        self.weight_bytes += packed.weight_bytes
-        return packed.struct()
+    def _product(self, prefix: str, product: str) -> bindings.Linear:
+        (outputs, inputs), name = self._shapes[product], prefix + product
+        return bindings.Linear(
+            kind=self._kind,
+            outputs=outputs,
+            inputs=padded(inputs, GROUP),
+            true_inputs=inputs,
+            packed=address(self.weights[f"{name}.packed"]),
+            scales=address(self.weights.get(f"{name}.scales")),
+            bias=address(self.weights.get(f"{name}.bias")),
+        )
 
-    def _norm(self, norm: NormWeights | None) -> bindings.Norm:
-        if norm is None:
-            return bindings.Norm(None, None)
-        weight, bias = self._floats_of(norm)
-        return bindings.Norm(address(weight), address(bias))
+    def _norm(self, name: str) -> bindings.Norm:
+        """Both NULL where there is no such norm."""
+        return bindings.Norm(
+            address(self.weights.get(f"{name}.weight")), address(self.weights.get(f"{name}.bias"))
+        )
 
-    def _floats_of(self, norm: NormWeights) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self._floats(norm.weight), self._floats(norm.bias)
+    def _norm_pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
 
-    def _floats(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        tensor = tensor.float().contiguous()
-        self._kept.append(tensor)
-        return tensor
+
+@functools.lru_cache(maxsize=4)
+def angle_tables(rope: RopeSpec, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, (positions, rotary_dim / 2) fp32; models of one type share them."""
+    frequencies = torch.tensor(rotary_frequencies(rope), dtype=torch.float32)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
 
 
 class _Scratch:

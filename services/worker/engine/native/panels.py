@@ -2,65 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional
 
-from ..decoder_weights import LinearWeights
-from .bindings import Kind, Linear, address
+from .bindings import Kind
 
 PANEL = 32
 GROUP = 32
 _ABSMAX_INT8 = 127.0
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """What a `bindings.Linear` points to. scales: (panels, groups, 32) bf16, int8 only; bias: (outputs,) fp32."""
-
-    kind: Kind
-    outputs: int
-    true_inputs: int
-    packed: torch.Tensor
-    scales: torch.Tensor | None
-    bias: torch.Tensor | None
-
-    @property
-    def inputs(self) -> int:
-        return padded(self.true_inputs, GROUP)
-
-    @property
-    def weight_bytes(self) -> int:
-        bytes_: int = self.packed.nbytes
-        return bytes_ + (0 if self.scales is None else self.scales.nbytes)
-
-    def struct(self) -> Linear:
-        return Linear(
-            kind=self.kind,
-            outputs=self.outputs,
-            inputs=self.inputs,
-            true_inputs=self.true_inputs,
-            packed=address(self.packed),
-            scales=address(self.scales),
-            bias=address(self.bias),
-        )
-
-
 def padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def pack_linear(weights: LinearWeights, kind: Kind) -> PackedLinear:
-    """fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128.
+def pack_linear(weight: torch.Tensor, kind: Kind) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """weight: (outputs, inputs). Returns its numbers and, int8 only, scales (panels, groups, 32) bf16.
+
+    fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128.
 
     int8: each output has a scale for each group of 32 inputs, as rows of activations have. SmolLM2-135M, perplexity of one
     prose text: fp32 51.0, groups of 32 51.4, and half of greedy tokens equal fp32's; with groups of 64 for activations
     and one scale for an output's whole row 51.2, and a third of them.
     """
-    outputs, inputs = weights.weight.shape
+    outputs, inputs = weight.shape
     dtype = torch.bfloat16 if kind == Kind.BF16 else torch.float32
-    weight = weights.weight.to(dtype)
+    weight = weight.to(dtype)
     padding = (0, padded(inputs, GROUP) - inputs, 0, padded(outputs, PANEL) - outputs)
     if any(padding):
         weight = functional.pad(weight, padding)
@@ -69,14 +36,7 @@ def pack_linear(weights: LinearWeights, kind: Kind) -> PackedLinear:
         weight, scales = _quantized(weight)
     together = {Kind.FP32: 1, Kind.BF16: 2, Kind.INT8: 4}[kind]
     panels = weight.view(-1, PANEL, padded(inputs, GROUP) // together, together)
-    return PackedLinear(
-        kind=kind,
-        outputs=outputs,
-        true_inputs=inputs,
-        packed=panels.permute(0, 2, 1, 3).contiguous(),
-        scales=scales,
-        bias=None if weights.bias is None else weights.bias.float().contiguous(),
-    )
+    return panels.permute(0, 2, 1, 3).contiguous(), scales
 
 
 def _quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

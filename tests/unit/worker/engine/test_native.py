@@ -178,7 +178,7 @@ def test_a_neighbour_of_large_values_or_of_no_numbers_changes_no_bit(precision: 
     weights = RandomWeights(spec)
     weights.embedding[95] *= 1e4
     weights.embedding[96] = float("nan")
-    decoder = NativeDecoder(spec, weights, precision, 1)
+    decoder = NativeDecoder.pack(spec, weights, precision, 1)
     alone = forward(decoder, TOKENS[:20], Span(BLOCKS, 0, 20), pool=make_pool(spec, precision))
     for loud in (95, 96):
         neighbour = Span((1, 2), 0, 20)
@@ -204,7 +204,7 @@ def test_one_bad_number_among_good_ones_shows_in_the_logits(
     spec = make_spec(activation=activation)
     weights = RandomWeights(spec)
     weights.embedding[7, 5] = bad
-    decoder = NativeDecoder(spec, weights, precision, 1)
+    decoder = NativeDecoder.pack(spec, weights, precision, 1)
     hidden = forward(decoder, [1, 7, 2], Span(BLOCKS, 0, 3), pool=make_pool(spec, precision))
     logits = decoder.logits(hidden)
     assert torch.isfinite(logits[0]).all(), "the token before"
@@ -221,7 +221,7 @@ def test_one_weight_that_is_no_number_shows_in_the_logits(precision: str, activa
     layer = weights.layer(0)
     layer.mlp_in.weight[3, 2] = float("nan")
     weights.layer = lambda index: layer if index == 0 else RandomWeights(spec).layer(index)  # type: ignore[method-assign]
-    decoder = NativeDecoder(spec, weights, precision, 1)
+    decoder = NativeDecoder.pack(spec, weights, precision, 1)
     hidden = forward(decoder, TOKENS[:3], Span(BLOCKS, 0, 3), pool=make_pool(spec, precision))
     assert not torch.isfinite(decoder.logits(hidden)).any()
 
@@ -317,30 +317,26 @@ def test_activations_equal_torch_over_their_whole_range(activation: str) -> None
 def test_packing_keeps_every_weight(kind: Kind, outputs: int, inputs: int) -> None:
     """Read back by the layout that the header states."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
-    packed = pack_linear(LinearWeights(weight), kind)
-    assert (packed.inputs, packed.true_inputs) == (padded(inputs, GROUP), inputs)
-    rows = packed.packed.permute(0, 2, 1, 3).reshape(-1, packed.inputs).float()
+    packed, scales = pack_linear(weight, kind)
+    width = padded(inputs, GROUP)
+    rows = packed.permute(0, 2, 1, 3).reshape(-1, width).float()
     if kind == Kind.INT8:
-        assert packed.scales is not None
+        assert scales is not None
         assert (rows[outputs:] == 128).all() and (rows[:, inputs:] == 128).all()
-        scales = (
-            packed.scales.float()
-            .transpose(1, 2)
-            .reshape(-1, packed.inputs // GROUP)
-            .repeat_interleave(GROUP, dim=1)
-        )
-        back = ((rows - 128) * scales)[:outputs, :inputs]
-        assert (back - weight).abs().max() <= packed.scales.max() / 2 + 1e-7
+        by_row = scales.float().transpose(1, 2).reshape(-1, width // GROUP)
+        back = ((rows - 128) * by_row.repeat_interleave(GROUP, dim=1))[:outputs, :inputs]
+        assert (back - weight).abs().max() <= scales.max() / 2 + 1e-7
     else:
         expected = weight if kind == Kind.FP32 else weight.bfloat16().float()
+        assert scales is None
         assert torch.equal(rows[:outputs, :inputs], expected)
         assert not rows[outputs:].any() and not rows[:, inputs:].any()
 
 
 def test_all_zero_weights_and_inputs_stay_zero_in_int8() -> None:
-    packed = pack_linear(LinearWeights(torch.zeros(3, 5)), Kind.INT8)
-    assert packed.scales is not None and torch.isfinite(packed.scales).all()
-    assert (packed.packed == 128).all()
+    packed, scales = pack_linear(torch.zeros(3, 5), Kind.INT8)
+    assert scales is not None and torch.isfinite(scales).all()
+    assert (packed == 128).all()
 
 
 @needs_kernels

@@ -1,0 +1,109 @@
+"""What an image of a model holds: its tensors for one kind of device, its configs, its tokenizer's bytes, its canary."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api import EngineConfig
+from ..detokenize import ByteTable
+from ..spec import DecoderSpec, read_configs, spec_from_config
+from .canary import Canary
+from .image_file import Image, ImageDamaged, open_image, write_image
+
+# Another layout of tensors or of what is kept beside them needs another number: old images are then made anew.
+_LAYOUT = 1
+_PIECES, _PIECE_ENDS = "tokenizer.pieces", "tokenizer.ends"
+
+
+def image_key(content: str, config: EngineConfig) -> str:
+    """Names the one image that serves `content` under this config: 32 hex characters.
+
+    content: says exactly which weights, such as a digest of what was registered.
+    """
+    parts = (str(_LAYOUT), content, config.device.partition(":")[0], config.precision)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelImage:
+    """weights: the decoder's tensors. tokenizer_digest: of the tokenizer.json that `byte_table` stands for."""
+
+    spec: DecoderSpec
+    weights: Mapping[str, torch.Tensor]
+    tokenizer_digest: bytes
+    canary: Canary
+    image: Image
+
+    def byte_table(self) -> ByteTable:
+        tensors = self.image.tensors
+        return ByteTable(_Pieces(bytes(tensors[_PIECES].numpy()), array("i", tensors[_PIECE_ENDS].tolist())))
+
+
+def save_model_image(
+    path: Path,
+    key: str,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    byte_table: ByteTable,
+    tokenizer_digest: bytes,
+    canary: Canary,
+) -> int:
+    """Returns the file's bytes. Raises OSError."""
+    pieces = byte_table.pieces
+    config, generation = read_configs(folder)
+    meta: dict[str, Any] = {
+        "key": key,
+        "config": config,
+        "generation_config": generation,
+        "tokenizer_sha256": tokenizer_digest.hex(),
+        "canary": {"greedy": canary.greedy, "margins": canary.margins},
+    }
+    tokenizer = {
+        _PIECES: torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
+        if any(pieces)
+        else torch.empty(0, dtype=torch.uint8),
+        _PIECE_ENDS: torch.tensor(list(accumulate(map(len, pieces))), dtype=torch.int32),
+    }
+    return write_image(path, {**weights, **tokenizer}, meta)
+
+
+def open_model_image(path: Path, key: str, max_positions: int) -> ModelImage:
+    """Maps it; nothing is verified but the header. Raises OSError, ImageDamaged."""
+    image = open_image(path)
+    meta = image.meta
+    if meta["key"] != key:
+        raise ImageDamaged(f"it is the image {meta['key']}, not {key}")
+    spec = spec_from_config(meta["config"], meta["generation_config"])
+    if spec.rope is not None:
+        spec = replace(spec, max_positions=min(spec.max_positions, max_positions))
+    canary = meta["canary"]
+    return ModelImage(
+        spec=spec,
+        weights={name: tensor for name, tensor in image.tensors.items() if not name.startswith("tokenizer.")},
+        tokenizer_digest=bytes.fromhex(meta["tokenizer_sha256"]),
+        canary=Canary(tuple(canary["greedy"]), tuple(canary["margins"])),
+        image=image,
+    )
+
+
+class _Pieces(Sequence[bytes]):
+    """The bytes of each token, cut out of one string when they are asked for."""
+
+    def __init__(self, data: bytes, ends: array[int]) -> None:
+        self._data, self._ends = data, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, token: Any) -> Any:
+        if not 0 <= token < len(self._ends):
+            raise IndexError(token)
+        return self._data[self._ends[token - 1] if token else 0 : self._ends[token]]

@@ -1,0 +1,42 @@
+"""Has images made of models that have none, one after another, beside serving."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from services.worker.image_store import ImageNotMade, ImageStore
+from shared.messages import ModelRef
+
+log = structlog.get_logger()
+
+MOST_WAITING = 1000
+"""More models than that of one type get their images when they are next loaded."""
+
+
+class ImageMaker:
+    def __init__(self, store: ImageStore) -> None:
+        self._store = store
+        self._waiting: asyncio.Queue[tuple[str, ModelRef, Path, int]] = asyncio.Queue(MOST_WAITING)
+        self._asked: set[str] = set()
+
+    def ask(self, key: str, ref: ModelRef, folder: Path, weight_bytes: int) -> None:
+        """Idempotent while the image is waited for. What failed is tried again only when it is asked for again."""
+        if key in self._asked or self._waiting.full():
+            return
+        self._asked.add(key)
+        self._waiting.put_nowait((key, ref, folder, weight_bytes))
+
+    async def run(self) -> None:
+        """Make what is asked for, until cancelled."""
+        while True:
+            key, ref, folder, weight_bytes = await self._waiting.get()
+            try:
+                await self._store.make(key, folder, weight_bytes)
+            except (ImageNotMade, OSError) as error:
+                # The model is served from its folder, slower.
+                log.warning("image_not_made", model_id=ref.model_id, revision=ref.revision, reason=str(error))
+            finally:
+                self._asked.discard(key)

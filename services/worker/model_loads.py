@@ -1,0 +1,114 @@
+"""How a model gets onto the device: from its image if there is one, else from its folder in the store.
+
+1. An image is compared with its checksums at each load and, at its first in this process, with its canary.
+2. One that differs is thrown away, the model is refused and an alarm raised: nothing of it is ever answered. A later try
+   finds no image and begins with the folder.
+3. A folder is compared with its manifest. Then an image is made of it, beside serving, for the next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from services.worker.engine import ModelInfo, ModelRefusal
+from services.worker.engine.images.image_file import ImageDamaged
+from services.worker.engine_thread import EngineThread
+from services.worker.held import model_handle
+from services.worker.image_maker import ImageMaker
+from services.worker.image_store import HeldImage, ImageStore
+from services.worker.model_files import ModelUnavailable, content_id, read_manifest, verify_files
+from services.worker.pull_snapshot import ModelKey
+from shared.messages import ModelRef
+
+log = structlog.get_logger()
+
+OnDamage = Callable[[ModelRef, str], None]
+
+
+class ModelLoads:
+    def __init__(
+        self, engine: EngineThread, store: Path, images: ImageStore | None, on_damage: OnDamage
+    ) -> None:
+        """images: None loads from folders alone."""
+        self._engine, self._store, self._images, self._on_damage = engine, store.resolve(), images, on_damage
+        self._maker = None if images is None else ImageMaker(images)
+        self._in_use: dict[ModelKey, HeldImage] = {}
+        self._asked_canaries: set[str] = set()
+
+    def file_bytes(self, ref: ModelRef) -> int:
+        """Of the model's weights as they were registered. Raises `ModelUnavailable`."""
+        files = read_manifest(self._folder(ref)).files
+        return sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
+
+    async def load(self, ref: ModelRef) -> ModelInfo:
+        """Raises `ModelUnavailable`, and whatever the engine raises; then nothing is kept."""
+        folder = self._folder(ref)
+        if self._images is None:
+            return await self._load_folder(ref, folder)
+        key = self._images.key(content_id(ref, folder))
+        image = self._images.hold(key)
+        if image is not None:
+            return await self._load_image(ref, image, self._images)
+        info = await self._load_folder(ref, folder)
+        self._ask_image(key, ref, folder)
+        return info
+
+    async def unload(self, key: ModelKey) -> None:
+        """Raises `ValueError` while a sequence of it lives."""
+        await self._engine.unload(model_handle(key))
+        image = self._in_use.pop(key, None)
+        if image is not None:
+            image.close()
+
+    def prepare(self, ref: ModelRef) -> None:
+        """Have an image made of a model that may be asked for, if there is none. Raises `ModelUnavailable`."""
+        if self._images is not None:
+            folder = self._folder(ref)
+            key = self._images.key(content_id(ref, folder))
+            if not self._images.has(key):
+                self._ask_image(key, ref, folder)
+
+    async def make_images(self) -> None:
+        """Make what is asked for, until cancelled."""
+        if self._maker is not None:
+            await self._maker.run()
+
+    async def _load_image(self, ref: ModelRef, image: HeldImage, images: ImageStore) -> ModelInfo:
+        model = (ref.model_id, ref.revision)
+        try:
+            info = await self._engine.load_image(
+                model_handle(model), image.path, image.key, ask_canary=image.key not in self._asked_canaries
+            )
+        except (ImageDamaged, ModelRefusal) as error:
+            image.close()
+            images.discard(image.key)
+            self._on_damage(ref, str(error))
+            raise ModelUnavailable("the model's image is damaged") from error
+        except BaseException:
+            image.close()
+            raise
+        self._asked_canaries.add(image.key)
+        self._in_use[model] = image
+        return info
+
+    async def _load_folder(self, ref: ModelRef, folder: Path) -> ModelInfo:
+        try:
+            await asyncio.to_thread(verify_files, folder, read_manifest(folder))
+        except ModelUnavailable as error:
+            self._on_damage(ref, str(error))
+            raise
+        return await self._engine.load(model_handle((ref.model_id, ref.revision)), folder)
+
+    def _ask_image(self, key: str, ref: ModelRef, folder: Path) -> None:
+        if self._maker is not None:
+            self._maker.ask(key, ref, folder, self.file_bytes(ref))
+
+    def _folder(self, ref: ModelRef) -> Path:
+        folder = (self._store / ref.folder).resolve()
+        if not folder.is_relative_to(self._store):
+            raise ModelUnavailable("the model's folder is outside the store")
+        return folder
