@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import asyncpg
 import structlog
 
-from services.billing import ledger, store
+from services.billing import job_charges, ledger, store
 from services.billing.instants import from_unix_ms
 from services.billing.instruments import Instruments
+from services.billing.job_charges import job_charge
 from services.billing.ledger import Charge, PostedCharges
 from services.billing.pricing import Price, price_in_force, tokens_amount_nanousd
 from services.billing.settle import Settlement, check_fact, settle
@@ -174,6 +175,30 @@ class Intake:
         self._count([], set(), posted)
         return len(job_ids)
 
+    async def fill_job_charges(self, after: str, limit: int) -> str | None:
+        """Tell from their facts what jobs were charged that lack the record: up to `limit` with ids behind `after`.
+
+        Returns the last of these ids; None when there are no more.
+        """
+        async with self._database.transaction() as connection:
+            job_ids = await job_charges.jobs_without(connection, after, limit)
+            await store.lock_jobs(connection, job_ids)
+            facts = await store.load_facts(connection, job_ids)
+            settlements = {job_id: settle(facts[job_id]) for job_id in facts}
+            prices = await store.load_prices(connection, {s.source.model_type for s in settlements.values()})
+            charged = []
+            for job_id, settlement in settlements.items():
+                source = settlement.source
+                price = price_in_force(prices, source.model_type, source.work_class, source.accepted_unix_ms)
+                if price is not None:
+                    charged.append(job_charge(job_id, settlement, price))
+            if charged:
+                await job_charges.save(connection, charged)
+        if len(charged) < len(job_ids):
+            # The ledger stays as it is; statements lack these, and recomputing them says so.
+            log.error("charged_without_facts_or_price", jobs=len(job_ids) - len(charged))
+        return job_ids[-1] if job_ids else None
+
     async def _settle(
         self, connection: Connection, job_ids: Sequence[str], traces: Mapping[str, str]
     ) -> list[Posted]:
@@ -183,7 +208,7 @@ class Intake:
         settlements = {job_id: settle(facts[job_id]) for job_id in job_ids}
         prices = await store.load_prices(connection, {s.source.model_type for s in settlements.values()})
         already = await ledger.load_posted(connection, job_ids)
-        rows, charges = [], []
+        rows, charges, charged = [], [], []
         for job_id, settlement in settlements.items():
             source = settlement.source
             price = price_in_force(prices, source.model_type, source.work_class, source.accepted_unix_ms)
@@ -192,8 +217,12 @@ class Intake:
             charge = charge_due(job_id, settlement, price, already.get(job_id), traces.get(job_id))
             if charge is not None:
                 charges.append(charge)
+                if price is not None:  # without one nothing was ever charged
+                    charged.append(job_charge(job_id, settlement, price))
         await store.upsert_requests(connection, rows)
         ids = await ledger.post(connection, charges)
+        if charged:
+            await job_charges.save(connection, charged)
         return [
             Posted(charge.job_id or "", transaction_id, charge.kind, charge.amount_nanousd)
             for charge, transaction_id in zip(charges, ids, strict=True)

@@ -124,9 +124,11 @@ class SweepRound:
         self._intake = intake
         self._instruments = instruments
         self._retention = timedelta(days=request_retention_days)
+        self._filled_until: str | None = ""
 
     async def once(self) -> None:
         await self.charge_unpriced()
+        await self.fill_job_charges()
         await self.check_ledger()
         await self.delete_old()
 
@@ -136,6 +138,11 @@ class SweepRound:
             pass
         async with self._database.transaction() as connection:
             self._instruments.unpriced.set(await store.count_unpriced(connection))
+
+    async def fill_job_charges(self) -> None:
+        """Once after the start: tell what jobs were charged before that was kept beside the ledger."""
+        while self._filled_until is not None:
+            self._filled_until = await self._intake.fill_job_charges(self._filled_until, CHUNK)
 
     async def check_ledger(self) -> None:
         """Look for what the database should have made impossible."""

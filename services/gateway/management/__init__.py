@@ -11,6 +11,7 @@ from services.gateway.management.options_prices import OptionsAndPrices
 from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
 from services.gateway.management.revisions import Revisions
+from services.gateway.management.statements import Statements
 from services.gateway.management.teams import Teams
 from services.gateway.management.uploads import Uploads
 from services.gateway.management.usage import Usage
@@ -33,5 +34,6 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Credit(deps),
         Usage(deps),
         BillingUsage(deps),
+        Statements(deps),
     )
     return [spec for part in parts for spec in part.routes()]
