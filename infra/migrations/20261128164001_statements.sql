@@ -33,9 +33,11 @@ CREATE VIEW billing_api.money_in_v1 AS
     WHERE t.job_id IS NULL AND t.hour IS NULL AND e.account_id = 'team:' || t.team_id;
 
 GRANT SELECT, INSERT, UPDATE ON billing.job_charges TO roundhouse_billing;
-GRANT SELECT ON billing_api.job_charges_v1, billing_api.money_in_v1 TO roundhouse_gateway, roundhouse_audit;
+GRANT SELECT ON billing_api.job_charges_v1, billing_api.money_in_v1, billing_api.hour_costs_v1, billing_api.request_costs_v1
+    TO roundhouse_gateway, roundhouse_scheduler, roundhouse_billing, roundhouse_audit;
 
 -- migrate:down
+REVOKE SELECT ON billing_api.hour_costs_v1, billing_api.request_costs_v1 FROM roundhouse_scheduler, roundhouse_billing;
 DROP VIEW billing_api.money_in_v1, billing_api.job_charges_v1;
 DROP INDEX billing.transactions_other, billing.minute_charges_of_team;
 DROP TABLE billing.job_charges;

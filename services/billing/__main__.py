@@ -6,6 +6,7 @@ import asyncio
 
 import structlog
 
+from services.billing.advice_round import AdviceRound
 from services.billing.commands import CommandHandler
 from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
@@ -33,6 +34,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     minutes = MinutesRound(database, instruments, settings.minutes_lookback_h)
     sweep = SweepRound(database, intake, instruments, settings.request_retention_days)
     costs = RequestCostRound(database, settings.request_retention_days)
+    advice = AdviceRound(database)
 
     life.check("broker", lambda: broker.connected)
     life.check("database", lambda: database.healthy)
@@ -41,6 +43,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     life.group.create_task(repeat("minutes", settings.minutes_interval_s, life.stopping, minutes.once))
     life.group.create_task(repeat("sweep", settings.sweep_interval_s, life.stopping, sweep.once))
     life.group.create_task(repeat("request costs", settings.sweep_interval_s, life.stopping, costs.once))
+    life.group.create_task(repeat("advice", settings.advice_interval_s, life.stopping, advice.once))
     life.started()
     await life.stopping.wait()
     try:

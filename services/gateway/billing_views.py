@@ -98,6 +98,12 @@ class BillingViews:
             hour,
         )
 
+    async def advice(self, team_id: str) -> asyncpg.Record | None:
+        """The adviser's last answer for the team."""
+        return await self._database.fetchrow(
+            "SELECT document, computed_at FROM billing_api.advice_v1 WHERE team_id = $1", team_id
+        )
+
     async def request_costs(
         self, team_id: str, resource_id: str, hour: datetime, after: str, limit: int
     ) -> list[asyncpg.Record]:

@@ -35,8 +35,12 @@ DELETES = {
     "billing.request_costs",
     "billing.hour_costs",
     "billing.command_results",
+    "billing.hour_costs",
+    "billing.request_costs",
+    "gateway.model_uploads",
+    "gateway.upload_files",
 }
-BILLING_UPDATES = {"billing.requests", "billing.minute_charges"}
+BILLING_UPDATES = {"billing.requests", "billing.minute_charges", "billing.job_charges", "billing.advice"}
 KEPT_BY_TRIGGERS = {"billing.balances"}
 FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
 

@@ -167,6 +167,38 @@ def test_a_cancelled_stream_pays_for_the_prompt_and_what_it_was_sent(
     assert record["charged_nanousd"] == record["prompt_tokens"] * 20 + delivered * 60
 
 
+def test_n_answers_an_echo_and_a_prompt_that_a_cache_had_cost_their_tokens(
+    system: System, pool_team: ManagementApi
+) -> None:
+    client = openai.OpenAI(base_url=f"{system.url}/v1", api_key=pool_team.key, max_retries=0)
+    # A prompt of many cache blocks, so that what is asked after the first finds most of it computed
+    prompt = " ".join(f"{number} bottles of beer on the wall," for number in range(99, 59, -1))
+    charged = {}
+    variants: dict[str, dict[str, Any]] = {
+        "first": {},
+        "cached": {},
+        "three answers": {"n": 3, "temperature": 1.0, "seed": 1},
+        "echoed": {"echo": True},
+    }
+    for name, asked in variants.items():
+        body: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "temperature": 0} | asked
+        answer = client.completions.with_raw_response.create(model="platform/smollm2-135m-instruct", **body)
+        request_id, usage = answer.headers["x-request-id"], answer.parse().usage
+        assert usage is not None and usage.prompt_tokens > 200
+
+        def found(request_id: str = request_id) -> dict[str, Any] | None:
+            return next((r for r in pool_team.list("/api/requests") if r["request_id"] == request_id), None)
+
+        record = wait_for("the request record", found)
+        owed = usage.prompt_tokens * 20 + usage.completion_tokens * 60
+        assert record["charged_nanousd"] == owed, name
+        assert sorted(row["amount_nanousd"] for row in ledger(system, record["job_id"])) == [-owed, owed]
+        charged[name] = (usage.prompt_tokens, usage.completion_tokens)
+    assert charged["cached"] == charged["first"] == charged["echoed"]
+    assert charged["three answers"][0] == charged["first"][0]
+    assert charged["three answers"][1] > charged["first"][1]
+
+
 def test_minutes_of_the_live_resource_are_posted(system: System) -> None:
     usage = wait_for(
         "posted minutes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.gateway.management.acting import ManagementDeps
+from services.gateway.management.advice import Advice
 from services.gateway.management.billing_usage import BillingUsage
 from services.gateway.management.credit import Credit
 from services.gateway.management.keys import Keys
@@ -35,5 +36,6 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Usage(deps),
         BillingUsage(deps),
         Statements(deps),
+        Advice(deps),
     )
     return [spec for part in parts for spec in part.routes()]

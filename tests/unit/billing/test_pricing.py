@@ -168,7 +168,10 @@ FLOATS_FOR_TIME = {
 
 MONEY_MODULES = sorted(
     path for path in (ROOT / "services/billing").glob("*.py") if path.name not in FLOATS_FOR_TIME
-) + [ROOT / "services/gateway/money.py"]
+) + [
+    ROOT / "services/gateway" / name
+    for name in ("money.py", "statement.py", "management/statements.py", "management/billing_usage.py")
+]
 
 
 @pytest.mark.parametrize("path", MONEY_MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")

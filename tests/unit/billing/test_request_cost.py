@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.billing.instants import HOUR_US, MINUTE_US
@@ -95,6 +95,7 @@ work_of = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**15), intervals_of, work_of)
 def test_shares_and_idle_sum_exactly_to_what_the_hour_cost(
     cost: int, intervals: list[LiveInterval], work: list[GpuWork]
@@ -105,6 +106,7 @@ def test_shares_and_idle_sum_exactly_to_what_the_hour_cost(
     assert shared.shares.keys() == shared.gpu_us.keys()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**15), intervals_of, work_of)
 def test_the_order_of_what_is_known_changes_nothing(
     cost: int, intervals: list[LiveInterval], work: list[GpuWork]
@@ -112,6 +114,7 @@ def test_the_order_of_what_is_known_changes_nothing(
     assert share_hour(cost, HOUR, intervals, work) == share_hour(cost, HOUR, intervals[::-1], work[::-1])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**12), st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
 def test_split_is_never_more_than_one_off(amount: int, weights: list[int]) -> None:
     parts, total = split(amount, weights), sum(weights)
@@ -121,6 +124,7 @@ def test_split_is_never_more_than_one_off(amount: int, weights: list[int]) -> No
     ) or (not total)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 59), st.integers(1, MINUTE_US))
 def test_a_gpu_that_never_rests_costs_no_idle_time(minute: int, length_us: int) -> None:
     start = HOUR + minute * MINUTE_US

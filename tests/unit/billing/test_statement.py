@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.billing.instants import HOUR_US, MINUTE_US, to_unix_ms, to_unix_us
@@ -139,6 +139,7 @@ facts_of_a_job = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(facts_of_a_job, st.data())
 def test_any_order_and_any_repetition_of_facts_gives_the_same_month(
     facts: list[UsageEvent], data: st.DataObject
@@ -147,6 +148,7 @@ def test_any_order_and_any_repetition_of_facts_gives_the_same_month(
     assert bill(facts) == bill(again)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 20 * HOUR_US), st.integers(1, 20 * HOUR_US), st.data())
 def test_an_interval_cut_anywhere_costs_the_same(start_us: int, length_us: int, data: st.DataObject) -> None:
     base = to_unix_us(NOVEMBER.end) - 20 * HOUR_US

@@ -5,7 +5,7 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.statement import Line, LineKey, cell, lines_of, read_line_id, statement_csv
@@ -105,6 +105,7 @@ def test_no_text_is_a_formula(name: str, shown: str) -> None:
     assert cell(name) == shown
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(), st.integers(-(10**15), 10**15)), max_size=5))
 def test_whatever_things_are_called_the_csv_reads_back_and_holds_no_formula(
     things: list[tuple[str, int]],
