@@ -27,6 +27,9 @@ UNIONS = {
         "SchedulerCommand": messages.SchedulerCommand,
         "BillingCommand": messages.BillingCommand,
         "Alarm": messages.Alarm,
+        "BudgetQuestion": messages.BudgetQuestion,
+        "BudgetAnswer": messages.BudgetAnswer,
+        "BudgetEvent": messages.BudgetEvent,
     }.items()
 }
 

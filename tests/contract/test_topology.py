@@ -55,6 +55,7 @@ READERS = {
     "scheduler_events": "scheduler",
     "ALARMS": "scheduler",
     "BILLING_COMMANDS": "billing",
+    "BILLING_BUDGETS": "billing",
     "BILLING_EVENTS": "billing",
     "job_queues": "worker",
     "worker_commands": "worker",
