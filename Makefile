@@ -1,6 +1,6 @@
 # Every target prepares what it needs and is safe to repeat. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak gpu-check-engine gpu-check-gptj
+.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak gpu-check-engine gpu-check-gptj gpu-check-hotswap
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -73,3 +73,6 @@ gpu-check-engine: ## on a machine with a CUDA device: kernels checked, then Llam
 
 gpu-check-gptj: ## the same with GPT-J-6B's shape
 	@$(call GPU_CHECK,gptj)
+
+gpu-check-hotswap: ## the same device: models of Llama-8B's shape that come and go in its slots
+	@mkdir -p .local && timeout 478 python3 -m loadtest.gpu_hotswap --json $(or $(JSON),.local/gpu-hotswap.json)

@@ -72,13 +72,9 @@ class Session:
         self.shape, self.device, self._ends_s = shape, device, ends_s
         spec = shape.spec
         decoder = CudaDecoder(
-            spec,
-            RandomWeights(spec, torch.bfloat16, device),
-            "bf16",
-            device,
-            MOST_SEQUENCES,
-            min(MAX_CONTEXT_TOKENS, spec.max_positions),
+            spec, "bf16", device, MOST_SEQUENCES, min(MAX_CONTEXT_TOKENS, spec.max_positions)
         )
+        decoder.arena.fill(RandomWeights(spec, torch.bfloat16, device))
         self.module = transformers_module(shape, decoder.arena, torch.bfloat16, device)
         release_memory()
         self.kv_tokens = self._our_kv_tokens()

@@ -28,8 +28,6 @@ from services.gateway.views import Views
 from services.gateway.wire import WireSite
 from shared import telemetry
 from shared.broker import Broker
-from shared.budgets.gate import BudgetGate
-from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.ids import new_id
 from shared.inference.tokenizers_pool import TokenizerPool
@@ -59,16 +57,11 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     outbox, commands = Outbox(database, broker), CommandCaller(broker)
     owner = Owner(broker, outbox.add, commands.on_result)
     commands.reply_queue = owner.queue
-    limits = inference.InferenceLimits()
-    caps = BudgetTable(database)
-    budgets = BudgetGate(broker, caps, owner.instance_id, limits.deadline_s)
     importer = ModelImporter(settings.model_import_dir, settings.model_store, asyncio.Lock())
     uploads = ModelUploads(UploadTable(database), settings.model_store, upload_limits(settings))
 
     await ensure_platform(store, settings.admin_key)
     await owner.start(life.group)
-    await budgets.start(life.group)
-    life.group.create_task(caps.keep_fresh())
     life.group.create_task(route_table.keep_fresh(owner.fail_queued))
     life.group.create_task(key_cache.keep_fresh())
     life.group.create_task(outbox.relay())
@@ -82,11 +75,11 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
         store, registry, views, route_table, key_cache, commands, importer, uploads, settings.public_url
     )
     generation = inference.InferenceDeps(
-        route_table, tokenizers, gate, budgets, owner, InferenceMetrics(telemetry.meter()), limits
+        route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
     )
     specs = [*inference.routes(generation), *management.routes(api), *public.routes(life.not_ready)]
-    edge_limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
-    app = edge.build_app(public.with_openapi(specs), key_cache, edge_limits)
+    limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
+    app = edge.build_app(public.with_openapi(specs), key_cache, limits)
     runner = edge.build_runner(app, drain_timeout_s=settings.drain_timeout_s)
     await runner.setup()
     edge.guard_expectations(runner)
@@ -102,13 +95,11 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     )
     life.check("broker", lambda: broker.connected)
     life.check("routes", lambda: route_table.loaded)
-    life.check("budgets", lambda: caps.loaded)
     life.started()
     log.info("gateway_listening", host=settings.http_host, port=site.port, instance=owner.instance_id)
     await life.stopping.wait()
     # Listening ends at once; running requests have `drain_timeout_s`, then they are cancelled and their jobs voided.
     await runner.cleanup()
-    await budgets.drain()
     await flush(outbox)
 
 

@@ -26,6 +26,7 @@ def engine_config(spec: WorkerSpec, settings: WorkerSettings) -> EngineConfig:
         max_context_tokens=spec.max_context_tokens,
         kv_tokens=spec.kv_tokens,
         threads=settings.threads,
+        host_image_bytes=settings.host_image_bytes,
     )
 
 

@@ -20,7 +20,7 @@ def main() -> int:
     import torch
 
     from services.worker.engine import EngineConfig, ModelRefusal
-    from services.worker.engine.loading import ModelLoader
+    from services.worker.engine.images.convert import convert
     from services.worker.model_files import ModelUnavailable, read_manifest, verify_files
 
     request = json.loads(sys.argv[1])
@@ -28,9 +28,7 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         verify_files(folder, read_manifest(folder))
-        ModelLoader(config, torch.device(config.device)).convert(
-            folder, Path(request["path"]), request["key"]
-        )
+        convert(folder, Path(request["path"]), request["key"], config)
     except (ModelRefusal, ModelUnavailable, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

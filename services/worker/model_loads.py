@@ -83,7 +83,12 @@ class ModelLoads:
             info = await self._engine.load_image(
                 model_handle(model), image.path, image.key, ask_canary=image.key not in self._asked_canaries
             )
-        except (ImageDamaged, ModelRefusal) as error:
+        except ModelRefusal as error:
+            # Such as one of a machine whose processor can do more: the folder is served by what is here.
+            image.close()
+            log.warning("image_not_served", model_id=ref.model_id, reason=str(error))
+            return await self._load_folder(ref, self._folder(ref))
+        except ImageDamaged as error:
             image.close()
             images.discard(image.key)
             self._on_damage(ref, str(error))

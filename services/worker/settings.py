@@ -20,6 +20,8 @@ class WorkerSettings(CommonSettings):
     """Budget for the weights of resident models (host memory on a CPU, device memory on a GPU)."""
     image_dir: str = env("ROUNDHOUSE_IMAGE_DIR", "")
     """A folder on this host's own disk for images of models, shared by its workers; empty: load from the store's folders."""
+    host_image_bytes: int = env("ROUNDHOUSE_WORKER_HOST_IMAGE_BYTES", 16 * 1024**3, low=0)
+    """On a GPU: pinned memory of this worker for images, so that a swap is one copy. A CPU maps its images."""
     image_bytes: int = env("ROUNDHOUSE_IMAGE_BYTES", 50 * 1024**3, low=1)
     """Limit of that folder; images that no worker holds leave it, the longest unused first."""
     lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 4, low=0, high=16)

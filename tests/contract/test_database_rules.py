@@ -37,25 +37,10 @@ DELETES = {
     "billing.command_results",
     "gateway.model_uploads",
     "gateway.upload_files",
-    "billing.budget_leases",
 }
-BILLING_UPDATES = {
-    "billing.requests",
-    "billing.minute_charges",
-    "billing.job_charges",
-    "billing.advice",
-    "billing.spend_days",
-    "billing.budgets",
-    "billing.alerts",
-    "billing.budget_leases",
-}
+BILLING_UPDATES = {"billing.requests", "billing.minute_charges", "billing.job_charges", "billing.advice"}
 KEPT_BY_TRIGGERS = {"billing.balances"}
-FOR_AUDIT_ALONE = {
-    "billing_api.ledger_v1",
-    "billing_api.usage_events_v1",
-    "billing_api.spend_days_v1",
-    "billing_api.held_leases_v1",
-}
+FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
 
 
 @pytest.fixture

@@ -27,9 +27,6 @@ UNIONS = {
         "SchedulerCommand": messages.SchedulerCommand,
         "BillingCommand": messages.BillingCommand,
         "Alarm": messages.Alarm,
-        "BudgetQuestion": messages.BudgetQuestion,
-        "BudgetAnswer": messages.BudgetAnswer,
-        "BudgetEvent": messages.BudgetEvent,
     }.items()
 }
 

@@ -55,7 +55,6 @@ READERS = {
     "scheduler_events": "scheduler",
     "ALARMS": "scheduler",
     "BILLING_COMMANDS": "billing",
-    "BILLING_BUDGETS": "billing",
     "BILLING_EVENTS": "billing",
     "job_queues": "worker",
     "worker_commands": "worker",

@@ -1,11 +1,10 @@
-"""The management API under `/api`: teams, keys, models, options, prices, resources, credit, budgets, usage."""
+"""The management API under `/api`: teams, keys, models, options, prices, resources, credit, usage."""
 
 from __future__ import annotations
 
 from services.gateway.management.acting import ManagementDeps
 from services.gateway.management.advice import Advice
 from services.gateway.management.billing_usage import BillingUsage
-from services.gateway.management.budgets import Budgets
 from services.gateway.management.credit import Credit
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
@@ -34,7 +33,6 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Resources(deps),
         ResourceModels(deps),
         Credit(deps),
-        Budgets(deps),
         Usage(deps),
         BillingUsage(deps),
         Statements(deps),

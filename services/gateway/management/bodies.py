@@ -9,7 +9,6 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from services.gateway.errors import ApiError, bad_request
-from shared.messages import BudgetAction, BudgetScope
 
 T = TypeVar("T")
 
@@ -106,38 +105,6 @@ class ChangeTerms(Body):
 class GrantCredit(Body):
     amount_usd: Usd
     reason: Annotated[str, Meta(min_length=1, max_length=200)]
-
-
-AlertPercents = Annotated[
-    list[Annotated[int, Meta(ge=1, le=100)]],
-    Meta(max_length=10, description="Shares of the limit at which somebody is told."),
-]
-BudgetActions = Annotated[
-    list[BudgetAction],
-    Meta(
-        max_length=4, description="What is done when it is spent; refuse_ppt is a cap that is never passed."
-    ),
-]
-
-
-class CreateBudget(Body):
-    scope: BudgetScope
-    period: Annotated[Literal["day", "month"], Meta(description="In UTC.")]
-    limit_usd: Usd
-    scope_id: (
-        Annotated[
-            str, Meta(max_length=100, description="Id of the resource, model or key; none for the team.")
-        ]
-        | None
-    ) = None
-    alert_percents: AlertPercents = []
-    actions: BudgetActions = []
-
-
-class ChangeBudget(Body):
-    limit_usd: Usd | UnsetType = UNSET
-    alert_percents: AlertPercents | UnsetType = UNSET
-    actions: BudgetActions | UnsetType = UNSET
 
 
 class CreateResource(Body):

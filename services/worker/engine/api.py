@@ -27,6 +27,7 @@ class EngineConfig:
     then takes one).
     steps_ahead: 1 launches a step before the last one's tokens are read, so that a GPU never waits for the host; an answer
     comes one call of `Engine.step` later. None: 1 on a GPU, 0 on a CPU.
+    host_image_bytes: of pinned memory for images of models that come and go on a GPU; a CPU maps theirs.
     """
 
     device: str = "cpu"
@@ -40,6 +41,7 @@ class EngineConfig:
     threads: int = 1
     kernels: Literal["auto", "torch", "native"] = "auto"
     steps_ahead: int | None = None
+    host_image_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

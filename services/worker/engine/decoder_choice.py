@@ -18,7 +18,7 @@ def make_decoder(
     """Reads and packs all weights, on the calling thread. Raises ModelRefusal.
 
     1. On a CPU the C kernels, where they can: this machine, the shapes, the precision.
-    2. On a CUDA device the Triton kernels, unless `config.kernels` asks for plain torch.
+    2. On a CUDA device the Triton kernels, where they can: not here, they take a slot (`cuda/placement.py`).
     3. Else plain torch; never where `config.kernels` asks for our kernels by name: that is refused with the reason.
     """
     if device.type == "cpu" and config.kernels != "torch":
@@ -27,19 +27,20 @@ def make_decoder(
             return NativeDecoder.pack(spec, weights, config.precision, config.threads or 1)
         if config.kernels == "native":
             raise ModelRefusal(f"the C kernels cannot serve this: {reason}")
-    if device.type == "cuda" and config.kernels != "torch":
-        # Not before: Triton is on machines with a GPU, and on those that test.
-        from .cuda.decoder import CudaDecoder
-        from .cuda.decoder import refusal_reason as cuda_refusal_reason
-
-        reason = cuda_refusal_reason(spec, config.precision, config.block_tokens)
-        if reason is None:
-            return CudaDecoder(
-                spec, weights, config.precision, device, config.max_batch, config.max_context_tokens
-            )
-        if config.kernels == "native":
-            raise ModelRefusal(f"the Triton kernels cannot serve this: {reason}")
     return TorchDecoder(spec, weights, config.precision, device)
+
+
+def is_placed(spec: DecoderSpec, config: EngineConfig, device: torch.device) -> bool:
+    """Rule 2 of `make_decoder`. Raises ModelRefusal where kernels were asked for that cannot serve this."""
+    if device.type != "cuda" or config.kernels == "torch":
+        return False
+    # Not before: Triton is on machines with a GPU, and on those that test.
+    from .cuda.decoder import refusal_reason as cuda_refusal_reason
+
+    reason = cuda_refusal_reason(spec, config.precision, config.block_tokens)
+    if reason is not None and config.kernels == "native":
+        raise ModelRefusal(f"the Triton kernels cannot serve this: {reason}")
+    return reason is None
 
 
 def describe_kernels(decoder: Decoder, config: EngineConfig, device: torch.device) -> str:

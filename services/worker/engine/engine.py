@@ -141,9 +141,12 @@ class Engine:
             adapters = [name for name, model in self._models.items() if model.base == handle != name]
             if adapters:
                 raise ValueError(f"model {handle} has adapters: {', '.join(sorted(adapters))}")
-            if self._models.pop(handle, None) is None:
+            model = self._models.pop(handle, None)
+            if model is None:
                 raise ValueError(f"model {handle} is not loaded")
         self._blocks.forget_model(handle)
+        if model.adapter is None:
+            self._loader.leave(model.decoder)
 
     def add(self, request: SequenceRequest) -> None:
         """Takes the request in; it starts at a later step. Raises EngineRefusal, and then nothing was kept."""

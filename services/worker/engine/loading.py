@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
 
 from .api import EngineConfig, ModelInfo, ModelRefusal
 from .decoder import Decoder
-from .decoder_choice import describe_kernels, make_decoder
+from .decoder_choice import describe_kernels, is_placed, make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
-from .images.canary import Canary, sing
+from .images.canary import sing
 from .images.image_file import ImageDamaged
-from .images.model_image import ModelImage, open_model_image, save_model_image
+from .images.model_image import ModelImage, open_model_image
 from .lora import PreparedAdapter, read_adapter
 from .module_loading import load_module
 from .native.decoder import NativeDecoder, refusal_reason
@@ -26,6 +28,9 @@ from .sampling import Sampler
 from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
 from .thread_choice import measure_threads
 from .weights import Checkpoint
+
+if TYPE_CHECKING:
+    from .cuda.placement import Placement
 
 # 325 MB are read in some 15 ms alone, and in 150 ms beside a model that answers.
 _BUSY_SHARE = 0.1
@@ -52,6 +57,8 @@ class ModelLoader:
         self._measured_threads: int | None = None
         # What `torch.set_num_threads` should say on the thread that steps: torch counts for each thread apart.
         self.torch_threads = 1
+        self._placement_lock = threading.Lock()
+        self._placement: Placement | None = None
         self._byte_tables: WeakValueDictionary[bytes, ByteTable] = WeakValueDictionary()
 
     def load(self, handle: str, folder: Path) -> LoadedModel:
@@ -68,9 +75,11 @@ class ModelLoader:
         Raises OSError, ImageDamaged.
         """
         found = open_model_image(path, key, self._config.max_context_tokens)
-        found.image.verify(_Pace(is_busy).wait)
-        decoder = self._decoder_of(found)
-        if ask_canary and found.canary.differs_from(self._sing(decoder), is_exact=self._device.type == "cpu"):
+        decoder = self._decoder_of(found, _Pace(is_busy).wait)
+        if ask_canary and found.canary.differs_from(
+            sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
+        ):
+            self.leave(decoder)
             raise ImageDamaged("the model does not say what it said when its image was made")
         self._set_threads(decoder)
         table = self._byte_tables.get(found.tokenizer_digest)
@@ -78,26 +87,30 @@ class ModelLoader:
             table = self._byte_tables[found.tokenizer_digest] = found.byte_table()
         return self.wrap(handle, decoder, table)
 
-    def convert(self, folder: Path, path: Path, key: str) -> int:
-        """Makes the image of a model folder; returns its bytes. Raises ModelRefusal also where models of this kind have none,
-        and OSError.
-        """
-        decoder = self._load_decoder(folder)
-        if not isinstance(decoder, NativeDecoder):
-            raise ModelRefusal(f"{type(decoder).__name__} computes this model, of which there are no images")
-        digest = hashlib.sha256(read_tokenizer_file(folder)).digest()
-        canary = self._sing(decoder)
-        return save_model_image(path, key, folder, decoder.weights, self._byte_table(folder), digest, canary)
+    def leave(self, decoder: Decoder) -> None:
+        """Nobody asks anything of it any more. Where decoders stand in slots, its slot is free for another model."""
+        if self._placement is not None:
+            self._placement.leave(decoder)
 
-    def _decoder_of(self, found: ModelImage) -> NativeDecoder:
+    def _decoder_of(self, found: ModelImage, wait: Callable[[int], None]) -> Decoder:
+        """Raises ModelRefusal where this machine has no use for images, ImageDamaged."""
         config = self._config
+        if is_placed(found.spec, config, self._device):
+            with torch.inference_mode():
+                return self._slots().load(found, wait)
         reason = refusal_reason(found.spec, config.precision, config.block_tokens)
         if self._device.type != "cpu" or reason is not None:
             raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
+        found.image.verify(wait)
         return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
 
-    def _sing(self, decoder: Decoder) -> Canary:
-        return sing(decoder, self._config.precision, self._device)
+    def _slots(self) -> Placement:
+        from .cuda.placement import Placement
+
+        with self._placement_lock:
+            if self._placement is None:
+                self._placement = Placement(self._config, self._device)
+            return self._placement
 
     def wrap(self, handle: str, decoder: Decoder, byte_table: ByteTable) -> LoadedModel:
         spec = decoder.spec
@@ -148,6 +161,8 @@ class ModelLoader:
                     # Tables of angles end where sequences end: a config may name millions of positions.
                     positions = min(spec.max_positions, self._config.max_context_tokens)
                     spec = replace(spec, max_positions=positions)
+                if is_placed(spec, self._config, device):
+                    return self._slots().pack(spec, weights)
                 decoder = make_decoder(spec, weights, self._config, device)
                 weights.check_nothing_is_left()
                 return decoder

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from ..decoder import activation_dtype
-from ..decoder_weights import DecoderWeights, LinearWeights, NormWeights
+from ..decoder_weights import LinearWeights, NormWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
 from ..lora import LoraAdapter, Product
 from ..packing import PackedTokens
@@ -50,19 +50,17 @@ class CudaDecoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        weights: DecoderWeights,
         precision: str,
         device: torch.device,
         max_batch: int,
         max_context_tokens: int,
     ) -> None:
-        """Copies all weights. max_batch, max_context_tokens: what graphs are made for; larger passes run without."""
+        """An empty arena, to be filled. max_batch, max_context_tokens: what graphs are made for; larger passes run without."""
         self.spec = spec
         self._device = device
         self._precision = precision
         dtype = activation_dtype(precision)
         self.arena = Arena(spec, dtype, device)
-        self.arena.fill(weights)
         self.weight_bytes = self.arena.layout.total_bytes
         self._embedding = self.arena.view("embedding")
         self._position_table = self.arena.view("position_table") if self.arena.has("position_table") else None

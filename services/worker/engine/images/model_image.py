@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ..api import EngineConfig
+from ..config_file import Config
 from ..detokenize import ByteTable
-from ..spec import DecoderSpec, read_configs, spec_from_config
+from ..spec import DecoderSpec, spec_from_config
 from .canary import Canary
 from .image_file import Image, ImageDamaged, open_image, write_image
 
@@ -33,11 +34,28 @@ def image_key(content: str, config: EngineConfig) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelImage:
-    """weights: the decoder's tensors. tokenizer_digest: of the tokenizer.json that `byte_table` stands for."""
+class ImageParts:
+    """What an image is made of. weights: the decoder's tensors. content_sum: of a GPU's, see `cuda.slots.content_sum`; else 0.
+    tokenizer_digest: SHA-256 of the tokenizer.json that `byte_table` stands for.
+    """
 
+    config: Config
+    generation_config: Config
+    weights: Mapping[str, torch.Tensor]
+    content_sum: int
+    byte_table: ByteTable
+    tokenizer_digest: bytes
+    canary: Canary
+
+
+@dataclass(frozen=True, slots=True)
+class ModelImage:
+    """An image that is mapped: its parts, the tensors as views of the file."""
+
+    key: str
     spec: DecoderSpec
     weights: Mapping[str, torch.Tensor]
+    content_sum: int
     tokenizer_digest: bytes
     canary: Canary
     image: Image
@@ -47,32 +65,23 @@ class ModelImage:
         return ByteTable(_Pieces(bytes(tensors[_PIECES].numpy()), array("i", tensors[_PIECE_ENDS].tolist())))
 
 
-def save_model_image(
-    path: Path,
-    key: str,
-    folder: Path,
-    weights: Mapping[str, torch.Tensor],
-    byte_table: ByteTable,
-    tokenizer_digest: bytes,
-    canary: Canary,
-) -> int:
+def save_model_image(path: Path, key: str, parts: ImageParts) -> int:
     """Returns the file's bytes. Raises OSError."""
-    pieces = byte_table.pieces
-    config, generation = read_configs(folder)
-    meta: dict[str, Any] = {
-        "key": key,
-        "config": config,
-        "generation_config": generation,
-        "tokenizer_sha256": tokenizer_digest.hex(),
-        "canary": {"greedy": canary.greedy, "margins": canary.margins},
-    }
+    pieces = parts.byte_table.pieces
+    text = bytearray(b"".join(pieces))
     tokenizer = {
-        _PIECES: torch.frombuffer(bytearray(b"".join(pieces)), dtype=torch.uint8)
-        if any(pieces)
-        else torch.empty(0, dtype=torch.uint8),
+        _PIECES: torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8),
         _PIECE_ENDS: torch.tensor(list(accumulate(map(len, pieces))), dtype=torch.int32),
     }
-    return write_image(path, {**weights, **tokenizer}, meta)
+    meta = {
+        "key": key,
+        "config": parts.config,
+        "generation_config": parts.generation_config,
+        "content_sum": parts.content_sum,
+        "tokenizer_sha256": parts.tokenizer_digest.hex(),
+        "canary": {"greedy": parts.canary.greedy, "margins": parts.canary.margins},
+    }
+    return write_image(path, {**parts.weights, **tokenizer}, meta)
 
 
 def open_model_image(path: Path, key: str, max_positions: int) -> ModelImage:
@@ -86,8 +95,10 @@ def open_model_image(path: Path, key: str, max_positions: int) -> ModelImage:
         spec = replace(spec, max_positions=min(spec.max_positions, max_positions))
     canary = meta["canary"]
     return ModelImage(
+        key=key,
         spec=spec,
         weights={name: tensor for name, tensor in image.tensors.items() if not name.startswith("tokenizer.")},
+        content_sum=meta["content_sum"],
         tokenizer_digest=bytes.fromhex(meta["tokenizer_sha256"]),
         canary=Canary(tuple(canary["greedy"]), tuple(canary["margins"])),
         image=image,

@@ -24,7 +24,7 @@ from . import bindings
 from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
 from .build import load_library
-from .packed_weights import Tensors, pack_weights, product_shapes
+from .packed_weights import Tensors, pack_weights, product_shapes, rows_of
 from .panels import GROUP, padded
 
 _KINDS = {"fp32": Kind.FP32, "bf16": Kind.BF16, "int8": Kind.INT8}
@@ -62,7 +62,7 @@ class NativeDecoder:
         self.weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         self._kind, self._threads = _KINDS[precision], threads
         self.kv_dtype = kv_dtype(precision)
-        self._embedding = weights["embedding"]
+        self._embedding = weights.get("embedding")
         self._position_table = weights.get("position_table")
         self._embedding_norm = self._norm_pair("embedding_norm") if spec.has_embedding_norm else None
         self._final_norm = self._norm_pair("final_norm")
@@ -132,7 +132,10 @@ class NativeDecoder:
         return functional.layer_norm(hidden, (spec.hidden_size,), weight, bias, spec.norm_eps)
 
     def _embed(self, tokens: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
-        hidden = functional.embedding(tokens, self._embedding).float()
+        if self._embedding is None:
+            hidden = rows_of(self.weights["head.packed"], tokens, self.spec.hidden_size).float()
+        else:
+            hidden = functional.embedding(tokens, self._embedding).float()
         if self._position_table is not None:
             hidden += functional.embedding(torch.from_numpy(positions).long(), self._position_table).float()
         if self._embedding_norm is not None:

@@ -1,6 +1,7 @@
 """All tensors that the C kernels read of one model, by name: packed from a checkpoint, or mapped from an image.
 
-Names are those of `arena.py` where both have them; a product `x` is `x.packed` with, in int8, `x.scales`, and `x.bias`.
+Names are those of `arena.py` where both have them; a product `x` is `x.packed` with, in int8, `x.scales`, and `x.bias`. There
+is no `embedding` where the head's rows are the same numbers: `rows_of` finds them there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from ..decoder_weights import DecoderWeights, LinearWeights, NormWeights
 from ..spec import DecoderSpec
 from .bindings import Kind
-from .panels import pack_linear
+from .panels import PANEL, pack_linear
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -32,7 +33,9 @@ def product_shapes(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
 
 def pack_weights(spec: DecoderSpec, weights: DecoderWeights, kind: Kind) -> dict[str, torch.Tensor]:
     """A second for each few hundred million parameters. Holds one layer of `weights` at a time."""
-    packed = {"embedding": weights.embedding}
+    packed: dict[str, torch.Tensor] = {}
+    if not _has_rows(weights, kind):
+        packed["embedding"] = weights.embedding
     if weights.position_table is not None:
         packed["position_table"] = weights.position_table
     packed.update(_norm("embedding_norm", weights.embedding_norm))
@@ -50,6 +53,17 @@ def pack_weights(spec: DecoderSpec, weights: DecoderWeights, kind: Kind) -> dict
     packed.update(_norm("final_norm", weights.final_norm))
     packed.update(_product("head", weights.head, kind))
     return packed
+
+
+def rows_of(packed: torch.Tensor, rows: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Rows (n,) of a product that was packed without loss: (n, inputs)."""
+    return packed[rows // PANEL, :, rows % PANEL, :].reshape(len(rows), -1)[:, :inputs].contiguous()
+
+
+def _has_rows(weights: DecoderWeights, kind: Kind) -> bool:
+    """Whether the packed head has every number of the embedding: a sixth of SmolLM2's memory."""
+    exact = {Kind.FP32: torch.float32, Kind.BF16: torch.bfloat16}.get(kind)
+    return weights.head.weight is weights.embedding and weights.embedding.dtype == exact
 
 
 def _product(name: str, weights: LinearWeights, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+import services.worker.engine.images.convert as images
 from services.worker.engine import Engine, EngineConfig, ModelRefusal
 from services.worker.engine.images import image_file
 from services.worker.engine.images.canary import Canary
 from services.worker.engine.images.checksums import DIGESTS
 from services.worker.engine.images.image_file import ImageDamaged, open_image, write_image
 from services.worker.engine.images.model_image import image_key, open_model_image
-from services.worker.engine.loading import ModelLoader
 from services.worker.engine.native.build import load_library
 from tests.unit.worker.engine.builders import make_engine, make_request, run_all, save_model, tiny_config
 from tests.unit.worker.engine.conftest import TinyModel
 from tests.unit.worker.engine.family_configs import VARIANTS
 
-CPU = torch.device("cpu")
 PROMPTS = ([5, 6, 7], list(range(9, 60)), [300, 301])
 needs_kernels = pytest.mark.skipif(load_library().library is None, reason=load_library().reason or "has them")
 
@@ -36,7 +35,7 @@ def config_of(precision: str = "fp32", **changes: Any) -> EngineConfig:
 
 def convert(folder: Path, path: Path, config: EngineConfig) -> str:
     key = image_key("content", config)
-    ModelLoader(config, CPU).convert(folder, path, key)
+    images.convert(folder, path, key, config)
     return key
 
 

@@ -83,7 +83,8 @@ def check(name: str) -> None:
         with Checkpoint(folder) as checkpoint:
             reference = TorchDecoder(spec, FamilyWeights(spec, checkpoint), "fp32", CPU)
         with Checkpoint(folder) as checkpoint:
-            decoder = CudaDecoder(spec, FamilyWeights(spec, checkpoint), "fp32", CPU, 8, 64)
+            decoder = CudaDecoder(spec, "fp32", CPU, 8, 64)
+            decoder.arena.fill(FamilyWeights(spec, checkpoint))
     pairs = zip(outputs(decoder, spec), outputs(reference, spec), strict=True)
     for index, (ours, theirs) in enumerate(pairs):
         difference = (ours.float() - theirs.float()).abs().max().item()
