@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -33,6 +33,8 @@ class Seen:
     usage: dict[str, Any] | None = None
     error_code: str | None = None
     done: bool = False
+    left: bool = False
+    """The client went of its own will, in mid-answer."""
 
 
 @dataclass
@@ -53,10 +55,12 @@ class RecordingClient:
         *,
         stream: bool,
         tokens: Sequence[str] = (),
+        leave_after: int | None = None,
     ) -> tuple[ClientRecord, str]:
         """One greedy completion; returns its record and text. Never raises for what a server or a network does.
 
-        tokens: the texts of the whole answer's tokens, to count those of a stream that is cut.
+        tokens: the texts of the whole answer's tokens, to count those of a stream that is cut. leave_after: close the
+        connection after so many events of a stream.
         """
         body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         if stream:
@@ -65,7 +69,7 @@ class RecordingClient:
         seen = Seen()
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
-                await self._exchange(session, body, seen, stream=stream)
+                await self._exchange(session, body, seen, stream=stream, leave_after=leave_after)
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             seen.error_code = seen.error_code or type(error).__name__
         record = self._record(model, stream, started_unix_ms, seen, tokens)
@@ -88,7 +92,13 @@ class RecordingClient:
         return tokens
 
     async def _exchange(
-        self, session: aiohttp.ClientSession, body: dict[str, Any], seen: Seen, *, stream: bool
+        self,
+        session: aiohttp.ClientSession,
+        body: dict[str, Any],
+        seen: Seen,
+        *,
+        stream: bool,
+        leave_after: int | None,
     ) -> None:
         headers = {"Authorization": f"Bearer {self.api_key}"}
         async with session.post(f"{self.base_url}/v1/completions", json=body, headers=headers) as answer:
@@ -106,6 +116,10 @@ class RecordingClient:
                     seen.done = True
                 elif line.startswith(b"data: "):
                     _take_event(json.loads(line[6:]), seen)
+                    if leave_after is not None and seen.events >= leave_after and seen.usage is None:
+                        seen.left = True
+                        answer.close()
+                        return
 
     def _record(
         self, model: str, stream: bool, started_unix_ms: int, seen: Seen, tokens: Sequence[str]
@@ -123,7 +137,7 @@ class RecordingClient:
             started_unix_ms=started_unix_ms,
             ended_unix_ms=time.time_ns() // 1_000_000,
             status=seen.status,
-            outcome="answered" if answered else "error" if refused and not seen.text else "cut",
+            outcome=_outcome(seen, answered=answered, refused=refused),
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens") if answered else tokens_shown(seen.text, tokens),
             error_code=seen.error_code,
@@ -134,6 +148,16 @@ class RecordingClient:
         with path.open("ab") as file:
             for record in self.records:
                 file.write(msgspec.json.encode(record) + b"\n")
+
+
+def _outcome(
+    seen: Seen, *, answered: bool, refused: bool
+) -> Literal["answered", "error", "cut", "cancelled_by_client"]:
+    if seen.left:
+        return "cancelled_by_client"
+    if answered:
+        return "answered"
+    return "error" if refused and not seen.text else "cut"
 
 
 def tokens_shown(text: str, tokens: Sequence[str]) -> int | None:

@@ -38,6 +38,9 @@ class ManagementApi:
     def put(self, path: str, body: Mapping[str, Any], **query: str) -> dict[str, Any]:
         return self._call("PUT", path, query, body)
 
+    def patch(self, path: str, body: Mapping[str, Any], **query: str) -> dict[str, Any]:
+        return self._call("PATCH", path, query, body)
+
     def list(self, path: str, **query: str) -> Iterator[dict[str, Any]]:
         """Every item, page after page."""
         cursor: str | None = None
