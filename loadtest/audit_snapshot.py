@@ -14,6 +14,8 @@ import msgspec
 from services.billing.instants import to_unix_ms, to_unix_us
 from services.billing.minutes import HourKey, LiveInterval, PostedMinutes
 from services.billing.pricing import Price
+from services.billing.rates import rate_pieces
+from services.billing.rates_store import load_rates
 from shared.messages import UsageEvent, decoder
 
 
@@ -174,19 +176,24 @@ async def _entries(connection: Connection) -> list[Entry]:
 
 async def _intervals(connection: Connection) -> list[LiveInterval]:
     rows = await connection.fetch(
-        "SELECT resource_id, team_id, place, hourly_rate_nanousd, started_at, proved_until "
-        "FROM scheduler_api.intervals_v1 WHERE NOT pool"
+        "SELECT i.resource_id, i.team_id, i.place, i.hourly_rate_nanousd, i.started_at, i.proved_until, r.option_id "
+        "FROM scheduler_api.intervals_v1 i JOIN scheduler_api.resources_v1 r USING (resource_id) WHERE NOT i.pool"
     )
+    rates = await load_rates(connection)
     return [
-        LiveInterval(
-            resource_id=row["resource_id"],
-            team_id=row["team_id"],
-            place=row["place"],
-            hourly_rate_nanousd=row["hourly_rate_nanousd"],
-            started_us=to_unix_us(row["started_at"]),
-            proved_us=to_unix_us(row["proved_until"]),
-        )
+        piece
         for row in rows
+        for piece in rate_pieces(
+            LiveInterval(
+                resource_id=row["resource_id"],
+                team_id=row["team_id"],
+                place=row["place"],
+                hourly_rate_nanousd=row["hourly_rate_nanousd"],
+                started_us=to_unix_us(row["started_at"]),
+                proved_us=to_unix_us(row["proved_until"]),
+            ),
+            rates.get(row["option_id"], ()),
+        )
     ]
 
 

@@ -393,6 +393,20 @@ class SetPrice(Command, frozen=True, tag="price.set.v1"):
     starts_unix_ms: int
 
 
+class SetRate(Command, frozen=True, tag="rate.set.v1"):
+    """Platform only. What an hour on a performance option costs from `starts_unix_ms` on."""
+
+    option_id: str
+    hourly_rate_nanousd: int
+    starts_unix_ms: int
+
+
+class WithdrawPrice(Command, frozen=True, tag="price.withdraw.v1"):
+    """Platform only. Take back a version, of a price or of a rate, that has not begun."""
+
+    version_id: str
+
+
 class GrantCredit(Command, frozen=True, tag="credit.grant.v1"):
     """Platform only. Money that the platform gives a team; once for each command id, however long after."""
 
@@ -552,7 +566,7 @@ Alarm = ModelDamaged
 SchedulerCommand = (
     CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
 )
-BillingCommand = SetPrice | GrantCredit | SetTeamTerms
+BillingCommand = SetPrice | SetRate | WithdrawPrice | GrantCredit | SetTeamTerms
 
 M = TypeVar("M")
 

@@ -10,10 +10,18 @@ import structlog
 
 from services.billing import store
 from services.billing.credit import grant_credit, set_team_terms
-from services.billing.price_versions import set_price
+from services.billing.price_versions import set_price, set_rate, withdraw_price
 from shared.broker import Broker, Delivery
 from shared.database import Connection, Database
-from shared.messages import Command, CommandResult, GrantCredit, SetPrice, SetTeamTerms
+from shared.messages import (
+    Command,
+    CommandResult,
+    GrantCredit,
+    SetPrice,
+    SetRate,
+    SetTeamTerms,
+    WithdrawPrice,
+)
 from shared.outcomes import Done, Dropped, Outcome, Unavailable
 
 log = structlog.get_logger()
@@ -23,6 +31,8 @@ Action = Callable[[Connection, Any], Awaitable[CommandResult]]
 
 ACTIONS: dict[type[Command], Action] = {
     SetPrice: set_price,
+    SetRate: set_rate,
+    WithdrawPrice: withdraw_price,
     GrantCredit: grant_credit,
     SetTeamTerms: set_team_terms,
 }

@@ -1,11 +1,14 @@
-"""SQL of minutes: reads the scheduler's published intervals, keeps what was posted of each seat, hour and rate."""
+"""SQL of minutes: reads the scheduler's published intervals at billing's rates, keeps what was posted of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from services.billing import rates_store
 from services.billing.instants import from_unix_us, to_unix_us
 from services.billing.minutes import HourKey, LiveInterval, MinutePosting, PostedMinutes
+from services.billing.rates import rate_pieces
 from shared.database import Connection
 
 
@@ -16,25 +19,31 @@ async def last_posted_hour_us(connection: Connection) -> int | None:
 
 
 async def load_intervals(connection: Connection, first_us: int) -> list[LiveInterval]:
-    """All intervals that reach beyond `first_us`. Pools are left out: the platform owns them, tokens pay for them."""
+    """All live time that reaches beyond `first_us`, in pieces of one rate each.
+
+    Pools are left out: the platform owns them, tokens pay for them.
+    """
     rows = await connection.fetch(
         """
-        SELECT resource_id, team_id, place, hourly_rate_nanousd, started_at, proved_until
-        FROM scheduler_api.intervals_v1 WHERE proved_until > $1 AND NOT pool
+        SELECT i.resource_id, i.team_id, i.place, i.hourly_rate_nanousd, i.started_at, i.proved_until, r.option_id
+        FROM scheduler_api.intervals_v1 i JOIN scheduler_api.resources_v1 r USING (resource_id)
+        WHERE i.proved_until > $1 AND NOT i.pool
         """,
         from_unix_us(first_us),
     )
-    return [
-        LiveInterval(
-            resource_id=row["resource_id"],
-            team_id=row["team_id"],
-            place=row["place"],
-            hourly_rate_nanousd=row["hourly_rate_nanousd"],
-            started_us=to_unix_us(row["started_at"]),
-            proved_us=to_unix_us(row["proved_until"]),
-        )
-        for row in rows
-    ]
+    rates = await rates_store.load_rates(connection, {row["option_id"] for row in rows})
+    return [piece for row in rows for piece in rate_pieces(_interval(row), rates.get(row["option_id"], ()))]
+
+
+def _interval(row: Any) -> LiveInterval:
+    return LiveInterval(
+        resource_id=row["resource_id"],
+        team_id=row["team_id"],
+        place=row["place"],
+        hourly_rate_nanousd=row["hourly_rate_nanousd"],
+        started_us=to_unix_us(row["started_at"]),
+        proved_us=to_unix_us(row["proved_until"]),
+    )
 
 
 async def load_posted(connection: Connection, first_us: int) -> dict[HourKey, PostedMinutes]:

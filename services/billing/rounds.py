@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import structlog
 
-from services.billing import ledger, minutes_store, store
+from services.billing import ledger, minutes_store, rates_store, store
 from services.billing.instants import from_unix_us, to_unix_us
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
@@ -72,6 +72,7 @@ class MinutesRound:
             # One process at a time, and everything is read after the lock is taken: what another process read before
             # it waited could be older than what is posted.
             await store.lock_name(connection, "billing minutes")
+            await rates_store.adopt_first_rates(connection)
             now_us = to_unix_us(await connection.fetchval("SELECT clock_timestamp()"))
             if self._caught_up_us is None:
                 self._caught_up_us = await minutes_store.last_posted_hour_us(connection)

@@ -18,3 +18,10 @@ class BillingSettings(CommonSettings):
     """Between two rounds of: charge what had no price, check the ledger, delete old requests."""
     advice_interval_s: float = env("BILLING_ADVICE_INTERVAL_S", 3600.0, low=0.1, high=86400.0)
     request_retention_days: int = env("BILLING_REQUEST_RETENTION_DAYS", 30, low=1, high=3660)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceListSettings:
+    """What `price_list` needs."""
+
+    database_url: str = env("DATABASE_URL", secret=True)

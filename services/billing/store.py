@@ -146,9 +146,9 @@ async def load_facts(connection: Connection, job_ids: Sequence[str]) -> dict[str
 
 
 async def load_prices(connection: Connection, model_types: Iterable[str]) -> list[Price]:
-    """All price versions of these model types."""
+    """All price versions of these model types that were not withdrawn."""
     rows = await connection.fetch(
-        "SELECT * FROM billing.prices WHERE model_type = ANY($1::text[])", sorted(set(model_types))
+        "SELECT * FROM billing_api.prices_v1 WHERE model_type = ANY($1::text[])", sorted(set(model_types))
     )
     return [
         Price(
@@ -163,15 +163,15 @@ async def load_prices(connection: Connection, model_types: Iterable[str]) -> lis
     ]
 
 
-async def insert_price(connection: Connection, price: Price) -> bool:
+async def insert_price(connection: Connection, price: Price, actor: str) -> bool:
     """Add a version; False if that type and class have one that starts at the same moment."""
     return (
         await connection.fetchval(
             """
             INSERT INTO billing.prices
-                (price_id, model_type, work_class, prompt_nanousd, completion_nanousd, starts_at)
-            VALUES ($1, $2, $3, $4, $5, $6)
-            ON CONFLICT (model_type, work_class, starts_at) DO NOTHING RETURNING 1
+                (price_id, model_type, work_class, prompt_nanousd, completion_nanousd, starts_at, actor)
+            VALUES ($1, $2, $3, $4, $5, $6, $7)
+            ON CONFLICT (model_type, work_class, starts_at) WHERE withdrawn_at IS NULL DO NOTHING RETURNING 1
             """,
             price.price_id,
             price.model_type,
@@ -179,6 +179,7 @@ async def insert_price(connection: Connection, price: Price) -> bool:
             price.prompt_nanousd,
             price.completion_nanousd,
             from_unix_ms(price.starts_unix_ms),
+            actor,
         )
         is not None
     )
@@ -197,7 +198,7 @@ async def chargeable_jobs(connection: Connection, limit: int) -> list[str]:
         """
         SELECT r.job_id FROM billing.requests r
         WHERE r.billing_mode = 'ppt' AND r.price_id IS NULL AND EXISTS (
-            SELECT FROM billing.prices p
+            SELECT FROM billing_api.prices_v1 p
             WHERE p.model_type = r.model_type AND p.work_class = r.work_class AND p.starts_at <= r.accepted_at)
         ORDER BY r.job_id LIMIT $1
         """,

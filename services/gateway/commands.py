@@ -92,6 +92,7 @@ _STATUS = {
     "not_found": 404,
     "resource_not_found": 404,
     "invalid_price": 400,
+    "invalid_rate": 400,
     "invalid_option": 400,
     "invalid_scaling": 400,
     "invalid_value": 400,
@@ -99,6 +100,7 @@ _STATUS = {
     "option_not_found": 400,
     "model_type_mismatch": 400,
     "price_starts_in_past": 400,
+    "rate_starts_in_past": 400,
     "forbidden": 403,
 }
 """What a refused command is over HTTP; any other refusal is about the state of things: 409."""

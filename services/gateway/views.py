@@ -31,6 +31,13 @@ _MINUTE_GROUP: dict[str, str] = {
 }
 
 
+# An option that was made a moment ago has no version in billing yet: it costs what it was made with.
+_RATE_IN_FORCE = """coalesce(
+    (SELECT v.hourly_rate_nanousd FROM billing_api.rates_v1 v
+     WHERE v.option_id = {0}.option_id AND v.starts_at <= now() ORDER BY v.starts_at DESC LIMIT 1),
+    {0}.hourly_rate_nanousd) AS rate_in_force_nanousd"""
+
+
 class Views:
     """What the gateway may read of other services."""
 
@@ -56,7 +63,7 @@ class Views:
 
     async def resources(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
         return await self._database.fetch(
-            "SELECT * FROM scheduler_api.resources_v1"
+            f"SELECT r.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
             " WHERE team_id = $1 AND resource_id > $2 AND deleted_at IS NULL ORDER BY resource_id LIMIT $3",
             team_id,
             after,
@@ -65,7 +72,7 @@ class Views:
 
     async def resource(self, team_id: str, resource_id: str) -> asyncpg.Record | None:
         return await self._database.fetchrow(
-            "SELECT * FROM scheduler_api.resources_v1"
+            f"SELECT r.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
             " WHERE team_id = $1 AND resource_id = $2 AND deleted_at IS NULL",
             team_id,
             resource_id,
@@ -106,7 +113,7 @@ class Views:
 
     async def options(self, model_type: str | None, after: str, limit: int) -> list[asyncpg.Record]:
         return await self._database.fetch(
-            "SELECT * FROM scheduler_api.options_v1"
+            f"SELECT o.*, {_RATE_IN_FORCE.format('o')} FROM scheduler_api.options_v1 o"
             " WHERE ($1::text IS NULL OR model_type = $1) AND option_id > $2 ORDER BY option_id LIMIT $3",
             model_type,
             after,
@@ -115,7 +122,8 @@ class Views:
 
     async def option(self, model_type: str, name_or_id: str) -> asyncpg.Record | None:
         return await self._database.fetchrow(
-            "SELECT * FROM scheduler_api.options_v1 WHERE model_type = $1 AND (name = $2 OR option_id = $2)",
+            f"SELECT o.*, {_RATE_IN_FORCE.format('o')} FROM scheduler_api.options_v1 o"
+            " WHERE model_type = $1 AND (name = $2 OR option_id = $2)",
             model_type,
             name_or_id,
         )
@@ -138,6 +146,22 @@ class Views:
             " ORDER BY starts_at DESC LIMIT 1",
             model_type,
             work_class,
+        )
+
+    async def rates(self, option_id: str | None, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.rates_v1"
+            " WHERE ($1::text IS NULL OR option_id = $1) AND rate_id > $2 ORDER BY rate_id LIMIT $3",
+            option_id,
+            after,
+            limit,
+        )
+
+    async def latest_rate(self, option_id: str) -> asyncpg.Record | None:
+        """Return the version with the latest start, which may lie ahead."""
+        return await self._database.fetchrow(
+            "SELECT * FROM billing_api.rates_v1 WHERE option_id = $1 ORDER BY starts_at DESC LIMIT 1",
+            option_id,
         )
 
     async def purse(self) -> Purse:

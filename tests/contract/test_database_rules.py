@@ -38,7 +38,15 @@ DELETES = {
     "gateway.model_uploads",
     "gateway.upload_files",
 }
-BILLING_UPDATES = {"billing.requests", "billing.minute_charges", "billing.job_charges", "billing.advice"}
+BILLING_UPDATES = {
+    "billing.requests",
+    "billing.minute_charges",
+    "billing.job_charges",
+    "billing.advice",
+    "billing.prices",
+    "billing.rates",
+}
+"""Of prices and rates only that they were withdrawn."""
 KEPT_BY_TRIGGERS = {"billing.balances"}
 FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
 
@@ -471,7 +479,8 @@ async def test_a_balance_changes_with_its_entries_alone(connection: Connection, 
 
 
 @pytest.mark.parametrize(
-    "table", ["prices", "usage_events", "transactions", "entries", "accounts", "balances"]
+    "table",
+    ["prices", "rates", "usage_events", "transactions", "entries", "accounts", "balances", "team_terms"],
 )
 async def test_money_and_facts_are_never_emptied(connection: Connection, table: str) -> None:
     assert await attempt(connection, f"TRUNCATE billing.{table} CASCADE") == RESTRICT_VIOLATION
@@ -483,21 +492,73 @@ async def test_a_charge_is_booked_once(connection: Connection, accounts: None) -
     assert await attempt(connection, again) == UNIQUE_VIOLATION
 
 
-@pytest.mark.parametrize("table", ["prices", "usage_events", "transactions", "entries", "accounts"])
+@pytest.mark.parametrize(
+    "table", ["prices", "rates", "usage_events", "transactions", "entries", "accounts", "team_terms"]
+)
 async def test_money_and_facts_are_append_only_even_for_the_owner_of_the_database(
     connection: Connection, accounts: None, table: str
 ) -> None:
     await connection.execute("INSERT INTO billing.prices VALUES ('prc_1', 'm', 'live', 1, 1, now())")
+    await connection.execute(
+        "INSERT INTO billing.rates (rate_id, option_id, hourly_rate_nanousd, starts_at, actor) "
+        "VALUES ('rate_1', 'opt_1', 1, now(), 'x')"
+    )
+    await connection.execute(
+        "INSERT INTO billing.team_terms (team_id, pays, actor) VALUES ('a', 'prepaid', 'x')"
+    )
     await connection.execute("INSERT INTO billing.usage_events VALUES ('evt_1', 't', 'job_1', 'a', '{}')")
     await connection.execute(_booking(("team:a", -5), ("revenue:tokens", 5)))
     column = await connection.fetchval(
         """SELECT column_name FROM information_schema.columns
-           WHERE table_schema = 'billing' AND table_name = $1 ORDER BY ordinal_position LIMIT 1""",
+           WHERE table_schema = 'billing' AND table_name = $1 ORDER BY ordinal_position DESC LIMIT 1""",
         table,
     )
     assert await attempt(connection, f"UPDATE billing.{table} SET {column} = {column}") == RESTRICT_VIOLATION
     assert await attempt(connection, f"DELETE FROM billing.{table}") == RESTRICT_VIOLATION
     assert await connection.fetchval(f"SELECT count(*) FROM billing.{table}") >= 1
+
+
+_WITHDRAW = "UPDATE billing.{0} SET withdrawn_at = now(), withdrawn_by = 'x'"
+
+
+@pytest.mark.parametrize("table", ["prices", "rates"])
+@pytest.mark.parametrize(
+    ("starts", "change", "refusal"),
+    [
+        ("1 hour", _WITHDRAW, None),
+        ("0 hours", _WITHDRAW, RESTRICT_VIOLATION),
+        ("-1 hour", _WITHDRAW, RESTRICT_VIOLATION),
+        ("1 hour", "DELETE FROM billing.{0}", RESTRICT_VIOLATION),
+        ("1 hour", "UPDATE billing.{0} SET withdrawn_at = now()", CHECK_VIOLATION),
+        ("1 hour", "UPDATE billing.{0} SET starts_at = starts_at + interval '1 hour'", RESTRICT_VIOLATION),
+        ("1 hour", _WITHDRAW + ", starts_at = now()", RESTRICT_VIOLATION),
+        ("1 hour", _WITHDRAW + ", created_at = now() - interval '1 hour'", RESTRICT_VIOLATION),
+    ],
+)
+async def test_of_a_version_only_a_withdrawal_before_it_begins_is_written(
+    connection: Connection, table: str, starts: str, change: str, refusal: str | None
+) -> None:
+    begin = "now() + interval '" + starts + "'"
+    await connection.execute(f"INSERT INTO billing.prices VALUES ('prc_1', 'm', 'live', 1, 1, {begin})")
+    await connection.execute(f"INSERT INTO billing.rates VALUES ('rate_1', 'opt_1', 1, {begin}, now(), 'x')")
+    assert await attempt(connection, change.format(table)) == refusal
+    again = _WITHDRAW.format(table)
+    if refusal is None:
+        assert await attempt(connection, again) == RESTRICT_VIOLATION
+
+
+@pytest.mark.parametrize("table", ["prices", "rates"])
+async def test_one_version_begins_at_a_moment_and_a_withdrawn_one_makes_room(
+    connection: Connection, table: str
+) -> None:
+    values = {
+        "prices": "INSERT INTO billing.prices VALUES ($1, 'm', 'live', 1, 1, '2999-01-01Z')",
+        "rates": "INSERT INTO billing.rates VALUES ($1, 'opt_1', 1, '2999-01-01Z', now(), 'x')",
+    }[table]
+    assert await attempt(connection, values, "one") is None
+    assert await attempt(connection, values, "two") == UNIQUE_VIOLATION
+    assert await attempt(connection, _WITHDRAW.format(table)) is None
+    assert await attempt(connection, values, "two") is None
 
 
 async def test_the_balance_is_the_sum_of_the_entries(connection: Connection, accounts: None) -> None:

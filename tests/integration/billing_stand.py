@@ -80,7 +80,6 @@ async def insert_interval(
     values = {
         "resource_id": "res_a",
         "place": 0,
-        "rate": 60_000_000_000,
         "pool": False,
         "ended": False,
         **fields,
@@ -96,15 +95,27 @@ async def insert_interval(
         values["pool"],
     )
     await admin.execute(
-        "INSERT INTO scheduler.state_intervals VALUES ($1, $2, 'team_a', $3, $4, $5, $6, $7, $8)",
+        "INSERT INTO scheduler.state_intervals VALUES ($1, $2, 'team_a', $3, $4, 60000000000, $5, $6, $7)",
         incarnation,
         values["resource_id"],
         values["place"],
         values["pool"],
-        values["rate"],
         started_at,
         proved_until,
         proved_until if values["ended"] else None,
+    )
+
+
+async def insert_rate(
+    admin: asyncpg.Connection[asyncpg.Record], rate_nanousd: int, starts_at: datetime
+) -> None:
+    """A version of the hourly rate of `insert_interval`'s option."""
+    await admin.execute(
+        "INSERT INTO billing.rates (rate_id, option_id, hourly_rate_nanousd, starts_at, actor) "
+        "VALUES ($1, 'opt_a', $2, $3, 'test')",
+        f"rate_{rate_nanousd}",
+        rate_nanousd,
+        starts_at,
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from services.billing import rounds
 from services.billing.rounds import MinutesRound
-from tests.integration.billing_stand import Stand, insert_interval, open_stand
+from tests.integration.billing_stand import Stand, insert_interval, insert_rate, open_stand
 
 RATE = 60_000_000_000  # one USD a minute, so that amounts are read as minutes
 MINUTE = 10**9
@@ -62,8 +62,9 @@ async def test_a_rate_that_changes_within_the_hour_shares_its_minutes(database: 
     async with open_stand(database) as stand:
         hour = await this_hour(stand) - timedelta(hours=1)
         border = hour + timedelta(minutes=20, seconds=30)
-        await insert_interval(stand.admin, "inc_1", hour, border, ended=True)
-        await insert_interval(stand.admin, "inc_2", border, hour + timedelta(hours=1), rate=2 * RATE)
+        await insert_rate(stand.admin, RATE, hour - timedelta(days=1))
+        await insert_rate(stand.admin, 2 * RATE, border)
+        await insert_interval(stand.admin, "inc_1", hour, hour + timedelta(hours=1))
         await minutes_round(stand).once()
         rows = await stand.admin.fetch(
             "SELECT minutes FROM billing.minute_charges ORDER BY hourly_rate_nanousd"

@@ -8,7 +8,8 @@ from services.gateway.management.billing_usage import BillingUsage
 from services.gateway.management.credit import Credit
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
-from services.gateway.management.options_prices import OptionsAndPrices
+from services.gateway.management.options import Options
+from services.gateway.management.prices import Prices
 from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
 from services.gateway.management.revisions import Revisions
@@ -29,7 +30,8 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Uploads(deps),
         Models(deps),
         Revisions(deps),
-        OptionsAndPrices(deps),
+        Options(deps),
+        Prices(deps),
         Resources(deps),
         ResourceModels(deps),
         Credit(deps),

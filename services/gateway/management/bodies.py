@@ -96,6 +96,14 @@ class SetPrice(Body):
     )
 
 
+class SetRate(Body):
+    option_id: Annotated[str, Meta(pattern="^opt_[0-9a-f]{32}$")]
+    hourly_rate_usd: Usd
+    starts_at: Annotated[str, Meta(max_length=40, description="RFC 3339; now, if it is left out.")] | None = (
+        None
+    )
+
+
 class ChangeTerms(Body):
     pays: Literal["prepaid", "postpaid"]
     credit_limit_usd: Usd | None = None

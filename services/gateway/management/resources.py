@@ -33,7 +33,7 @@ from services.gateway.management.bodies import CreateResource, ScaleResource, pa
 from services.gateway.management.credit import require_credit
 from services.gateway.management.idempotency import command_envelope, idempotent
 from services.gateway.management.models import base_url, url_and_snippet
-from services.gateway.management.options_prices import option_json
+from services.gateway.management.options import option_json
 from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import Row

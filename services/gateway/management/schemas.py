@@ -67,6 +67,7 @@ PRICE = obj(
     price_id=TEXT, model_type=TEXT, work_class=TEXT, prompt_usd_per_million=USD, completion_usd_per_million=USD,
     prompt_nanousd=COUNT, completion_nanousd=COUNT, starts_at=TIME,
 )  # fmt: skip
+RATE = obj(rate_id=TEXT, option_id=TEXT, hourly_rate_usd=USD, hourly_rate_nanousd=COUNT, starts_at=TIME)
 OPTIONAL_COUNT: Schema = {"type": ["integer", "null"], "minimum": 0}
 OPTIONAL_USD: Schema = {**USD, "type": ["string", "null"]}
 _ACCOUNT_FIELDS = {

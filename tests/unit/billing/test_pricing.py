@@ -169,8 +169,11 @@ FLOATS_FOR_TIME = {
 MONEY_MODULES = sorted(
     path for path in (ROOT / "services/billing").glob("*.py") if path.name not in FLOATS_FOR_TIME
 ) + [
-    ROOT / "services/gateway" / name
-    for name in ("money.py", "statement.py", "management/statements.py", "management/billing_usage.py")
+    ROOT / "shared/usd.py",
+    *(
+        ROOT / "services/gateway" / name
+        for name in ("money.py", "statement.py", "management/statements.py", "management/billing_usage.py")
+    ),
 ]
 
 
