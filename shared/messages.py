@@ -318,6 +318,21 @@ class JobVoided(Message, frozen=True, tag="usage.job_voided.v1"):
     error_code: str | None = None
 
 
+class PaymentReported(Message, frozen=True, tag="payment.reported.v1"):
+    """A gateway's fact for billing: what the payment provider says of one payment, checked by its signature."""
+
+    provider: str
+    event_id: str
+    """The provider's own: the same event has the same id however often it comes."""
+    what: Literal["paid", "refunded", "disputed", "dispute_won"]
+    payment_id: str
+    amount_nanousd: int
+    """Paid: the payment. Refunded: the sum of all refunds so far. Disputed, won: the dispute."""
+    team_id: str | None = None
+    """Whose payment it is; of what was paid always there, of what follows never."""
+    dispute_id: str | None = None
+
+
 # ---- resources: gateway -> scheduler, billing
 
 
@@ -561,6 +576,7 @@ ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | Command
 WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
+PaymentFact = PaymentReported
 FleetEvent = NodeReport | WorkerReport
 Alarm = ModelDamaged
 SchedulerCommand = (

@@ -108,7 +108,7 @@ BILLING_EVENTS = _quorum(
     "events.v1.billing",
     max_length=5_000_000,
     max_bytes=8 * 1024 * 1024 * 1024,
-    bindings=("usage.job_finished.v1", "usage.job_voided.v1"),
+    bindings=("usage.job_finished.v1", "usage.job_voided.v1", "payment.reported.v1"),
 )
 ALARMS = _quorum(
     "events.v1.alarms",

@@ -26,6 +26,8 @@ from services.gateway.model_uploads import ModelUploads, UploadLimits
 from services.gateway.openapi import PROBLEM
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
+from services.gateway.payments.provider import PaymentProvider
+from services.gateway.payments.webhook import PaymentWebhook
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import RouteSpec
 from services.gateway.store import Store
@@ -232,6 +234,8 @@ async def running_gateway(
     folder: Path,
     *,
     stand_ins: Sequence[topology.Queue] = (topology.SCHEDULER_COMMANDS, topology.BILLING_COMMANDS),
+    payments: PaymentProvider | None = None,
+    webhook_secrets: Sequence[str] = (),
 ) -> AsyncIterator[Gateway]:
     """stand_ins: the queues of the services that are stood in for; behind others a test runs the real one."""
     import_dir, model_store = folder / "import", folder / "store"
@@ -277,9 +281,10 @@ async def running_gateway(
         importer = ModelImporter(import_dir, model_store, asyncio.Lock())
         uploads = ModelUploads(UploadTable(database), model_store, UploadLimits())
         deps = management.ManagementDeps(
-            store, registry, views, routes, key_cache, commands, importer, uploads, None
+            store, registry, views, routes, key_cache, commands, importer, uploads, None, payments
         )
-        specs = public.with_openapi([*management.routes(deps), *public.routes(list)])
+        webhook = PaymentWebhook(store, broker, webhook_secrets).routes() if webhook_secrets else []
+        specs = public.with_openapi([*management.routes(deps), *public.routes(list), *webhook])
         runner = edge.build_runner(edge.build_app(specs, key_cache, edge.EdgeLimits()), drain_timeout_s=0.1)
         await runner.setup()
         edge.guard_expectations(runner)

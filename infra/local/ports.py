@@ -24,6 +24,8 @@ class Ports:
     scheduler_ops: int
     billing_ops: int
     agent_ops: int
+    payments_http: int
+    payments_ops: int
     postgres: int
     redis: int
     epmd: int

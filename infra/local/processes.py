@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from infra.local.credentials import Credentials
 from infra.local.layout import Layout
+from infra.local.payments import gateway_payments_env, payment_specs
 from infra.local.ports import Ports
 from infra.local.probes import HttpProbe
 from infra.local.process_spec import ProcessSpec
@@ -155,7 +156,9 @@ def service_specs(
         )
 
     gateway_env = {"HTTP_PORT": str(ports.gateway_http), "ROUNDHOUSE_ADMIN_KEY": credentials.admin_key}
+    gateway_env |= gateway_payments_env(environ, ports, credentials)
     return [
+        *payment_specs(environ, base_env(environ), ports, credentials),
         ProcessSpec(
             name="migrations",
             command=(sys.executable, "-m", "infra.migrate", "up"),

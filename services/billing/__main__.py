@@ -11,6 +11,7 @@ from services.billing.commands import CommandHandler
 from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
+from services.billing.payments_store import PaymentIntake
 from services.billing.request_cost_round import RequestCostRound
 from services.billing.rounds import MinutesRound, SweepRound, repeat
 from services.billing.settings import BillingSettings
@@ -29,7 +30,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     database = await Database.open(settings.database_url, ROLE, life.stack)
     broker = await Broker.open(settings.amqp_url, "billing", life.stack)
     intake = Intake(database, instruments)
-    events = EventHandler(broker, intake, instruments)
+    events = EventHandler(broker, intake, PaymentIntake(database, instruments), instruments)
     commands = CommandHandler(broker, database)
     minutes = MinutesRound(database, instruments, settings.minutes_lookback_h)
     sweep = SweepRound(database, intake, instruments, settings.request_retention_days)

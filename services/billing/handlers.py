@@ -12,9 +12,10 @@ from opentelemetry.trace import Span, SpanKind
 
 from services.billing.instruments import Instruments
 from services.billing.intake import Arrival, Intake, Posted
+from services.billing.payments_store import PaymentIntake
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
-from shared.messages import JobUsage, JobVoided, type_of
+from shared.messages import JobUsage, JobVoided, PaymentReported, type_of
 from shared.outcomes import Done, Outcome, Unavailable
 
 log = structlog.get_logger()
@@ -30,9 +31,12 @@ MAX_RETRY_S = 5.0
 class EventHandler:
     """Reads the queue of facts in batches: one transaction for each batch, acks after its commit."""
 
-    def __init__(self, broker: Broker, intake: Intake, instruments: Instruments) -> None:
+    def __init__(
+        self, broker: Broker, intake: Intake, payments: PaymentIntake, instruments: Instruments
+    ) -> None:
         self._broker = broker
         self._intake = intake
+        self._payments = payments
         self._instruments = instruments
         self._waiting: asyncio.Queue[Delivery] = asyncio.Queue()
         self._idle = asyncio.Event()
@@ -41,13 +45,19 @@ class EventHandler:
     async def run(self, stopping: asyncio.Event) -> None:
         """Take facts until `stopping`; then give up what was not begun: the broker delivers it again."""
         subscription = await self._broker.subscribe(
-            topology.BILLING_EVENTS, JobUsage | JobVoided, self._waiting.put_nowait, prefetch=PREFETCH
+            topology.BILLING_EVENTS,
+            JobUsage | JobVoided | PaymentReported,
+            self._waiting.put_nowait,
+            prefetch=PREFETCH,
         )
         try:
             while not stopping.is_set():
                 batch = await self._next_batch()
                 self._idle.clear()
-                await self._settle(batch)
+                await self._settle([each for each in batch if not isinstance(each.message, PaymentReported)])
+                for delivery in batch:  # few, and each for itself
+                    if isinstance(delivery.message, PaymentReported):
+                        await self._broker.settle(delivery, self._record_payment)
                 self._idle.set()
         finally:
             await asyncio.shield(subscription.cancel())
@@ -73,6 +83,8 @@ class EventHandler:
 
     async def _settle(self, batch: Sequence[Delivery]) -> None:
         """Commit the batch and ack it; hold it while the database is away; find the one that spoils it, if any."""
+        if not batch:
+            return
         pause_s = RETRY_S
         while True:
             try:
@@ -91,6 +103,10 @@ class EventHandler:
                 return
         for delivery in batch:
             await delivery.ack()
+
+    async def _record_payment(self, delivery: Delivery) -> Outcome:
+        await self._payments.record([delivery.message])
+        return Done()
 
     async def _record_alone(self, delivery: Delivery) -> Outcome:
         try:

@@ -19,11 +19,16 @@ REVENUE_TOKENS = "revenue:tokens"
 REVENUE_MINUTES = "revenue:minutes"
 CREDITS_GRANTED = "credits:granted"
 
-TransactionKind = Literal["tokens", "minutes", "correction", "credit"]
+TransactionKind = Literal["tokens", "minutes", "correction", "credit", "payment"]
 
 
 def team_account(team_id: str) -> str:
     return f"team:{team_id}"
+
+
+def payments_account(provider: str) -> str:
+    """What came in through a payment provider."""
+    return f"payments:{provider}"
 
 
 @dataclass(frozen=True, slots=True)

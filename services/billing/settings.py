@@ -21,6 +21,18 @@ class BillingSettings(CommonSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalPaymentsSettings(CommonSettings):
+    """What the local payment provider needs; it uses neither a database nor a broker."""
+
+    amqp_url: str = env("AMQP_URL", "", secret=True)
+    http_host: str = env("LOCAL_PAYMENTS_HOST", "127.0.0.1")
+    http_port: int = env("LOCAL_PAYMENTS_PORT", low=0, high=65535)
+    api_key: str = env("PAYMENTS_API_KEY", secret=True)
+    webhook_secret: str = env("PAYMENTS_WEBHOOK_SECRETS", secret=True)
+    webhook_url: str = env("PAYMENTS_WEBHOOK_URL")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriceListSettings:
     """What `price_list` needs."""
 

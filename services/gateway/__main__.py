@@ -18,6 +18,8 @@ from services.gateway.model_registry import ModelRegistry
 from services.gateway.model_uploads import ModelUploads, UploadLimits
 from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
+from services.gateway.payments.provider import StripeApi
+from services.gateway.payments.webhook import PaymentWebhook
 from services.gateway.principal import ModelView
 from services.gateway.rate_limit import RateLimiter, RateRule
 from services.gateway.route_table import RouteTable
@@ -72,12 +74,15 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     tokenizers.start(life.group)
 
     api = management.ManagementDeps(
-        store, registry, views, route_table, key_cache, commands, importer, uploads, settings.public_url
-    )
+        store, registry, views, route_table, key_cache, commands, importer, uploads, settings.public_url,
+        await payment_provider(settings, life),
+    )  # fmt: skip
     generation = inference.InferenceDeps(
         route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
     )
     specs = [*inference.routes(generation), *management.routes(api), *public.routes(life.not_ready)]
+    if settings.webhook_secrets:
+        specs += PaymentWebhook(store, broker, settings.webhook_secrets).routes()
     limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
     app = edge.build_app(public.with_openapi(specs), key_cache, limits)
     runner = edge.build_runner(app, drain_timeout_s=settings.drain_timeout_s)
@@ -106,6 +111,13 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
 def tokenizer_folders(models: Sequence[ModelView]) -> list[str]:
     """Return each folder once, where it comes last: adapters share their base's."""
     return list(reversed(dict.fromkeys(model.tokenizer_folder for model in reversed(models))))
+
+
+async def payment_provider(settings: GatewaySettings, life: Lifetime) -> StripeApi | None:
+    """The provider that is set up, if any."""
+    if settings.payments_api_key is None:
+        return None
+    return await StripeApi.open(settings.payments_api_url, settings.payments_api_key, life.stack)
 
 
 def _gauge(name: str, description: str, read: Callable[[], int]) -> None:

@@ -22,6 +22,12 @@ class GatewaySettings(CommonSettings):
     allowed_hosts: str = env("ALLOWED_HOSTS", "")
     """Comma-separated host names that requests may be for; empty accepts any."""
 
+    payments_api_url: str = env("PAYMENTS_API_URL", "https://api.stripe.com")
+    payments_api_key: str | None = env("PAYMENTS_API_KEY", None, secret=True)
+    """The payment provider's secret key; without it teams cannot pay here."""
+    payments_webhook_secrets: str = env("PAYMENTS_WEBHOOK_SECRETS", "", secret=True)
+    """Comma-separated: two while one is being changed. Without any, webhooks are not taken."""
+
     max_body_bytes: int = env("MAX_BODY_BYTES", 1024 * 1024, low=1024, high=64 * 1024 * 1024)
     max_connections_per_ip: int = env("MAX_CONNECTIONS_PER_IP", 2048, low=1, high=1_000_000)
     team_upload_bytes: int = env("TEAM_UPLOAD_BYTES", 300 * 1024**3, low=1, high=2**50)
@@ -35,6 +41,10 @@ class GatewaySettings(CommonSettings):
     team_burst: int = env("TEAM_BURST", 400, low=1, high=1_000_000)
     team_in_flight: int = env("TEAM_IN_FLIGHT", 512, low=1, high=1_000_000)
     gateway_in_flight: int = env("GATEWAY_IN_FLIGHT", 2048, low=1, high=1_000_000)
+
+    @property
+    def webhook_secrets(self) -> tuple[str, ...]:
+        return tuple(each.strip() for each in self.payments_webhook_secrets.split(",") if each.strip())
 
     @property
     def hosts(self) -> frozenset[str]:

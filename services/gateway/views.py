@@ -164,6 +164,15 @@ class Views:
             option_id,
         )
 
+    async def deposits(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.deposits_v1 WHERE team_id = $1 AND transaction_id > $2"
+            " ORDER BY transaction_id LIMIT $3",
+            team_id,
+            after,
+            limit,
+        )
+
     async def purse(self) -> Purse:
         """Return what has a price now, and who may spend nothing."""
         priced = await self._database.fetch(

@@ -27,7 +27,7 @@ RETRY_S = 1.0
 MAX_KEPT_BODY_BYTES = 64 * 1024
 _JOB_TYPES = frozenset(kind.__struct_config__.tag for kind in get_args(JobQueueMessage))
 _decode_job = decoder(JobQueueMessage).decode
-MONEY_PREFIX = "usage."
+MONEY_PREFIXES = ("usage.", "payment.")
 """Types whose bodies are kept: facts about money, without any text of a team."""
 
 
@@ -51,7 +51,7 @@ def read_dead_letter(body: bytes, message_type: str, headers: Mapping[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError):
             job = None
     queue, reason = _origin(headers)
-    is_money = message_type.startswith(MONEY_PREFIX)
+    is_money = message_type.startswith(MONEY_PREFIXES)
     return DeadLetter(
         queue=_text(queue),
         reason=_text(reason),

@@ -34,6 +34,7 @@ from shared.messages import (
     NodeProcess,
     NodeReport,
     OwnerBeat,
+    PaymentReported,
     RepeatTokens,
     ResidentModel,
     SamplingParams,
@@ -229,6 +230,15 @@ EXAMPLES: tuple[Message, ...] = (
         accepted_unix_ms=NOW_UNIX_MS,
         voided_unix_ms=NOW_UNIX_MS + 700,
         error_code="client_closed",
+    ),
+    PaymentReported(
+        provider="stripe",
+        event_id="evt_3",
+        what="paid",
+        payment_id="pi_1",
+        amount_nanousd=5_000_000_000,
+        team_id="team_1",
+        dispute_id="du_1",
     ),
     CommandResult(
         command_id="cmd_1",

@@ -480,7 +480,17 @@ async def test_a_balance_changes_with_its_entries_alone(connection: Connection, 
 
 @pytest.mark.parametrize(
     "table",
-    ["prices", "rates", "usage_events", "transactions", "entries", "accounts", "balances", "team_terms"],
+    [
+        "prices",
+        "rates",
+        "usage_events",
+        "transactions",
+        "entries",
+        "accounts",
+        "balances",
+        "team_terms",
+        "payment_events",
+    ],
 )
 async def test_money_and_facts_are_never_emptied(connection: Connection, table: str) -> None:
     assert await attempt(connection, f"TRUNCATE billing.{table} CASCADE") == RESTRICT_VIOLATION
@@ -493,7 +503,17 @@ async def test_a_charge_is_booked_once(connection: Connection, accounts: None) -
 
 
 @pytest.mark.parametrize(
-    "table", ["prices", "rates", "usage_events", "transactions", "entries", "accounts", "team_terms"]
+    "table",
+    [
+        "prices",
+        "rates",
+        "usage_events",
+        "transactions",
+        "entries",
+        "accounts",
+        "team_terms",
+        "payment_events",
+    ],
 )
 async def test_money_and_facts_are_append_only_even_for_the_owner_of_the_database(
     connection: Connection, accounts: None, table: str
@@ -505,6 +525,9 @@ async def test_money_and_facts_are_append_only_even_for_the_owner_of_the_databas
     )
     await connection.execute(
         "INSERT INTO billing.team_terms (team_id, pays, actor) VALUES ('a', 'prepaid', 'x')"
+    )
+    await connection.execute(
+        "INSERT INTO billing.payment_events VALUES ('stripe', 'evt_1', 'pi_1', 'paid', '{}')"
     )
     await connection.execute("INSERT INTO billing.usage_events VALUES ('evt_1', 't', 'job_1', 'a', '{}')")
     await connection.execute(_booking(("team:a", -5), ("revenue:tokens", 5)))

@@ -23,6 +23,7 @@ UNIONS = {
         "WorkerCommand": messages.WorkerCommand,
         "NodeCommand": messages.NodeCommand,
         "UsageEvent": messages.UsageEvent,
+        "PaymentFact": messages.PaymentFact,
         "FleetEvent": messages.FleetEvent,
         "SchedulerCommand": messages.SchedulerCommand,
         "BillingCommand": messages.BillingCommand,

@@ -161,7 +161,10 @@ def test_a_binding_is_the_type_of_a_message() -> None:
 
 
 def test_every_fact_about_money_reaches_billing() -> None:
-    facts = {str(kind.__struct_config__.tag) for kind in (messages.JobUsage, messages.JobVoided)}
+    facts = {
+        str(kind.__struct_config__.tag)
+        for kind in (messages.JobUsage, messages.JobVoided, messages.PaymentReported)
+    }
     assert set(topology.BILLING_EVENTS.bindings) == facts
 
 

@@ -13,8 +13,10 @@ import asyncpg
 
 from services.billing.__main__ import ROLE
 from services.billing.commands import CommandHandler
+from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Arrival, Intake
+from services.billing.payments_store import PaymentIntake
 from shared import topology
 from shared.broker import Broker
 from shared.database import Database
@@ -140,3 +142,16 @@ async def running_commands(vhost: Vhost, stand: Stand) -> AsyncIterator[None]:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running_events(broker: Broker, stand: Stand) -> AsyncIterator[EventHandler]:
+    handler = EventHandler(
+        broker, stand.intake, PaymentIntake(stand.database, stand.instruments), stand.instruments
+    )
+    task = asyncio.create_task(handler.run(asyncio.Event()))
+    try:
+        yield handler
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -20,7 +20,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from structlog.testing import capture_logs
 
 from services.billing.commands import CommandHandler
-from services.billing.handlers import EventHandler
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
@@ -28,10 +27,10 @@ from shared.messages import BillingCommand, CommandResult, JobUsage, JobVoided
 from tests.conftest import Vhost
 from tests.integration.billing_stand import (
     CHARGE_NANOUSD,
-    Stand,
     insert_price,
     job_charges,
     open_stand,
+    running_events,
     until,
 )
 from tests.unit.billing.builders import make_set_price, make_usage, make_void
@@ -43,17 +42,6 @@ ROOT = Path(__file__).resolve().parents[2]
 async def open_broker(vhost: Vhost) -> AsyncIterator[Broker]:
     async with AsyncExitStack() as stack:
         yield await Broker.open(vhost.amqp_url, "test", stack)
-
-
-@asynccontextmanager
-async def running_events(broker: Broker, stand: Stand) -> AsyncIterator[EventHandler]:
-    handler = EventHandler(broker, stand.intake, stand.instruments)
-    task = asyncio.create_task(handler.run(asyncio.Event()))
-    try:
-        yield handler
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def charged(admin: asyncpg.Connection[asyncpg.Record], count: int) -> None:

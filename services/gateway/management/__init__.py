@@ -6,6 +6,7 @@ from services.gateway.management.acting import ManagementDeps
 from services.gateway.management.advice import Advice
 from services.gateway.management.billing_usage import BillingUsage
 from services.gateway.management.credit import Credit
+from services.gateway.management.deposits import Deposits
 from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
 from services.gateway.management.options import Options
@@ -35,6 +36,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Resources(deps),
         ResourceModels(deps),
         Credit(deps),
+        Deposits(deps),
         Usage(deps),
         BillingUsage(deps),
         Statements(deps),

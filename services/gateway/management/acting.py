@@ -20,6 +20,7 @@ from services.gateway.keys import KeyCache
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
 from services.gateway.model_uploads import ModelUploads
+from services.gateway.payments.provider import PaymentProvider
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import PLATFORM, principal_of
 from services.gateway.store import Row, Store
@@ -56,6 +57,8 @@ class ManagementDeps:
     importer: ModelImporter
     uploads: ModelUploads
     public_url: str | None
+    payments: PaymentProvider | None = None
+    """Where teams pay; None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,10 @@ class GrantCredit(Body):
     reason: Annotated[str, Meta(min_length=1, max_length=200)]
 
 
+class TopUp(Body):
+    amount_usd: Usd
+
+
 class CreateResource(Body):
     name: Title
     model_type: TypeName

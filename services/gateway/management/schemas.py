@@ -77,6 +77,11 @@ _ACCOUNT_FIELDS = {
 }  # fmt: skip
 ACCOUNT = obj(**_ACCOUNT_FIELDS)
 CREDIT = obj(**_ACCOUNT_FIELDS, transaction_id=TEXT, amount_nanousd=COUNT, amount_usd=USD)
+TOP_UP = obj(top_up_id=TEXT, url=TEXT, amount_nanousd=COUNT, amount_usd=USD)
+DEPOSIT = obj(
+    transaction_id=TEXT, kind={"enum": ["credit", "payment", "correction"]}, corrects=OPTIONAL_TEXT, words=TEXT,
+    amount_nanousd=INTEGER, amount_usd=USD, created_at=TIME,
+)  # fmt: skip
 PLACE = obj(
     place=COUNT, state=TEXT, phase=TEXT, device=TEXT, node_id=TEXT, worker_id=TEXT, granted_at=OPTIONAL_TIME,
     ready_at=OPTIONAL_TIME,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.messages import GrantCredit, JobUsage, JobVoided, SetPrice, SetTeamTerms, Timings
+from shared.messages import GrantCredit, JobUsage, JobVoided, PaymentReported, SetPrice, SetTeamTerms, Timings
 
 ACCEPTED_UNIX_MS = 1_790_000_000_000
 
@@ -94,3 +94,16 @@ def make_terms(**fields: Any) -> SetTeamTerms:
     """team_a pays before."""
     values: dict[str, Any] = {**COMMAND, "team_id": "team_a", "pays": "prepaid", **fields}
     return SetTeamTerms(**values)
+
+
+def make_payment(what: Any, **fields: Any) -> PaymentReported:
+    """Five USD of team_a's, or of what became of them."""
+    values: dict[str, Any] = {
+        "provider": "stripe",
+        "event_id": f"evt_{what}",
+        "payment_id": "pi_1",
+        "amount_nanousd": 5_000_000_000,
+        "team_id": "team_a" if what == "paid" else None,
+        **fields,
+    }
+    return PaymentReported(what=what, **values)

@@ -38,8 +38,8 @@ def test_services_stop_before_what_they_need(tmp_path: Path) -> None:
 def test_a_server_that_the_environment_names_is_used_and_not_started(tmp_path: Path) -> None:
     named = {"DATABASE_URL": "postgresql://u:p@db/x", "REDIS_URL": "redis://r", "AMQP_URL": "amqp://a"}
     specs = all_specs(tmp_path, named)
-    assert set(specs) == {"migrations", "gateway", "scheduler", "agent", "billing"}
-    for spec in specs.values():
+    assert set(specs) == {"migrations", "gateway", "scheduler", "agent", "billing", "payments"}
+    for spec in [spec for name, spec in specs.items() if name != "payments"]:
         assert {name: spec.env[name] for name in named} == named
         assert "AMQP_MANAGEMENT_URL" not in spec.env
 
@@ -55,6 +55,26 @@ def test_each_process_has_its_own_port_and_only_the_gateway_gets_the_admin_key(t
     for name, spec in specs.items():
         assert ("ROUNDHOUSE_ADMIN_KEY" in spec.env) == (name == "gateway")
         assert "ROUNDHOUSE_API_KEY" not in spec.env and "SECRET_OF_MINE" not in spec.env
+
+
+def test_the_local_payment_provider_and_the_gateway_know_each_other_and_nobody_else_knows_them(
+    tmp_path: Path,
+) -> None:
+    specs = all_specs(tmp_path, {})
+    gateway, payments = specs["gateway"].env, specs["payments"].env
+    for name in ("PAYMENTS_API_KEY", "PAYMENTS_WEBHOOK_SECRETS"):
+        assert gateway[name] == payments[name] and "sk-rh" not in gateway[name]
+        assert [spec.name for spec in specs.values() if name in spec.env] == ["payments", "gateway"]
+    assert gateway["PAYMENTS_API_URL"] == f"http://127.0.0.1:{payments['LOCAL_PAYMENTS_PORT']}"
+    assert payments["PAYMENTS_WEBHOOK_URL"] == f"http://127.0.0.1:{gateway['HTTP_PORT']}/webhooks/payments"
+    assert "DATABASE_URL" not in payments and "AMQP_URL" not in payments
+
+
+def test_a_real_payment_provider_is_for_the_gateway_alone(tmp_path: Path) -> None:
+    specs = all_specs(tmp_path, {"PAYMENTS_API_KEY": "sk_live_x", "PAYMENTS_WEBHOOK_SECRETS": "whsec_x"})
+    assert "payments" not in specs
+    assert [spec.name for spec in specs.values() if "PAYMENTS_API_KEY" in spec.env] == ["gateway"]
+    assert "PAYMENTS_API_URL" not in specs["gateway"].env  # the provider's own
 
 
 def test_settings_of_the_user_are_passed_on() -> None:
@@ -79,7 +99,7 @@ def test_no_secret_is_on_a_command_line_or_in_a_repr(tmp_path: Path) -> None:
 
 def test_every_command_that_runs_a_module_of_ours_names_one_that_exists(tmp_path: Path) -> None:
     modules = [spec.command[2] for spec in all_specs(tmp_path, {}).values() if spec.command[1:2] == ("-m",)]
-    assert len(modules) == 5
+    assert len(modules) == 6
     for module in modules:
         assert importlib.util.find_spec(module) is not None, module
 

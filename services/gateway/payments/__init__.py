@@ -1,0 +1,1 @@
+"""The payment provider: its page, its API, and the events that it reports."""
