@@ -120,13 +120,20 @@ async def load_paid(connection: Connection, team_id: str, first: datetime, end: 
 
 
 async def hourly_rate_nanousd(connection: Connection, team_id: str, model_type: str) -> int | None:
-    """Of the team's first resource of the type, else of the type's cheapest option; None if it has none."""
+    """The rate in force of the team's first resource of the type, else of the type's cheapest option; None without one."""
     rate: int | None = await connection.fetchval(
         """
+        WITH now_in_force AS (
+            SELECT o.option_id, coalesce(
+                (SELECT v.hourly_rate_nanousd FROM billing_api.rates_v1 v
+                 WHERE v.option_id = o.option_id AND v.starts_at <= now() ORDER BY v.starts_at DESC LIMIT 1),
+                o.hourly_rate_nanousd) AS hourly_rate_nanousd
+            FROM scheduler_api.options_v1 o WHERE o.model_type = $2)
         SELECT coalesce(
-            (SELECT hourly_rate_nanousd FROM scheduler_api.resources_v1
-             WHERE team_id = $1 AND model_type = $2 AND deleted_at IS NULL AND NOT pool ORDER BY created_at LIMIT 1),
-            (SELECT min(hourly_rate_nanousd) FROM scheduler_api.options_v1 WHERE model_type = $2))
+            (SELECT f.hourly_rate_nanousd FROM scheduler_api.resources_v1 r JOIN now_in_force f USING (option_id)
+             WHERE r.team_id = $1 AND r.model_type = $2 AND r.deleted_at IS NULL AND NOT r.pool
+             ORDER BY r.created_at LIMIT 1),
+            (SELECT min(hourly_rate_nanousd) FROM now_in_force))
         """,
         team_id,
         model_type,

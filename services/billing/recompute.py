@@ -20,6 +20,8 @@ import asyncpg
 from services.billing.instants import to_unix_ms, to_unix_us
 from services.billing.minutes import LiveInterval
 from services.billing.pricing import Price
+from services.billing.rates import rate_pieces
+from services.billing.rates_store import load_rates
 from services.billing.statement import MonthBill, Sums, TokenLine, bill_from_facts, differences
 from shared.calendar_month import CalendarMonth, read_month
 from shared.messages import UsageEvent, decoder
@@ -100,22 +102,27 @@ def _by_job(rows: list[Any]) -> Iterator[tuple[str, list[UsageEvent]]]:
 
 async def _intervals(connection: Connection, team_id: str, month: CalendarMonth) -> list[LiveInterval]:
     rows = await connection.fetch(
-        "SELECT * FROM scheduler_api.intervals_v1"
-        " WHERE team_id = $1 AND NOT pool AND proved_until > $2 AND started_at < $3",
+        "SELECT i.*, r.option_id FROM scheduler_api.intervals_v1 i JOIN scheduler_api.resources_v1 r USING (resource_id)"
+        " WHERE i.team_id = $1 AND NOT i.pool AND i.proved_until > $2 AND i.started_at < $3",
         team_id,
         month.start,
         month.end,
     )
+    rates = await load_rates(connection)
     return [
-        LiveInterval(
-            row["resource_id"],
-            team_id,
-            row["place"],
-            row["hourly_rate_nanousd"],
-            to_unix_us(row["started_at"]),
-            to_unix_us(row["proved_until"]),
-        )
+        piece
         for row in rows
+        for piece in rate_pieces(
+            LiveInterval(
+                row["resource_id"],
+                team_id,
+                row["place"],
+                row["hourly_rate_nanousd"],
+                to_unix_us(row["started_at"]),
+                to_unix_us(row["proved_until"]),
+            ),
+            rates.get(row["option_id"], ()),
+        )
     ]
 
 

@@ -23,6 +23,8 @@ ROLES = ("roundhouse_gateway", "roundhouse_scheduler", "roundhouse_billing", "ro
 DELETES = {
     "gateway.outbox",
     "gateway.idempotency_keys",
+    "gateway.model_uploads",
+    "gateway.upload_files",
     "scheduler.places",
     "scheduler.command_results",
     "scheduler.starts",
@@ -35,8 +37,6 @@ DELETES = {
     "billing.request_costs",
     "billing.hour_costs",
     "billing.command_results",
-    "gateway.model_uploads",
-    "gateway.upload_files",
 }
 BILLING_UPDATES = {
     "billing.requests",
