@@ -8,6 +8,7 @@ import structlog
 
 from services.billing.advice_round import AdviceRound
 from services.billing.commands import CommandHandler
+from services.billing.credit_round import CreditRound
 from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
@@ -33,6 +34,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     events = EventHandler(broker, intake, PaymentIntake(database, instruments), instruments)
     commands = CommandHandler(broker, database)
     minutes = MinutesRound(database, instruments, settings.minutes_lookback_h)
+    credit = CreditRound(broker, database)
     sweep = SweepRound(database, intake, instruments, settings.request_retention_days)
     costs = RequestCostRound(database, settings.request_retention_days)
     advice = AdviceRound(database)
@@ -41,6 +43,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     life.check("database", lambda: database.healthy)
     life.group.create_task(events.run(life.stopping))
     life.group.create_task(broker.consume(topology.BILLING_COMMANDS, BillingCommand, commands.on_command))
+    life.group.create_task(repeat("credit", settings.minutes_interval_s, life.stopping, credit.once))
     life.group.create_task(repeat("minutes", settings.minutes_interval_s, life.stopping, minutes.once))
     life.group.create_task(repeat("sweep", settings.sweep_interval_s, life.stopping, sweep.once))
     life.group.create_task(repeat("request costs", settings.sweep_interval_s, life.stopping, costs.once))

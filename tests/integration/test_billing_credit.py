@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import pytest
 
 from services.billing.commands import ACTIONS
 from services.billing.credit import Standing, load_standing
+from services.billing.credit_round import CreditRound
 from services.billing.spendable import WITHOUT_TERMS, Terms, spendable_nanousd
 from services.gateway.errors import ApiError
 from services.gateway.principal import Principal
 from shared import topology
+from shared.broker import Broker
 from shared.ids import new_id
-from shared.messages import Command, CommandResult
+from shared.messages import Command, CommandResult, TurnOffResource
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway
-from tests.integration.billing_stand import Stand, open_stand, running_commands
+from tests.integration.billing_stand import Stand, open_stand, running_commands, until
 from tests.unit.billing.builders import make_credit, make_terms, make_usage
 
 
@@ -337,3 +340,54 @@ async def test_a_pool_is_closed_to_who_cannot_pay_and_to_what_has_no_price(
         await gateway.call("POST", "/api/billing/credits?team=acme", credit, headers=headers)
     ).status == 201
     assert await refused() is None
+
+
+async def test_resources_of_a_team_without_credit_are_turned_off_and_no_others(
+    gateway: Gateway, stand: Stand, vhost: Vhost
+) -> None:
+    # Given two teams with a resource that is on, and a pool
+    await add_model(gateway)
+    option = await gateway.make_option("tiny")
+    resources = {}
+    for slug in ("acme", "other"):
+        key = await gateway.make_team(slug)
+        resources[slug] = await make_resource(gateway, option["option_id"], key)
+        assert (await gateway.call("POST", f"/api/resources/{resources[slug]}/on", key=key)).status == 202
+    pool = {"name": "pool", "model_type": "tiny", "option": option["option_id"], "pool": True}
+    pool_id = (await gateway.call("POST", "/api/resources", pool)).json["resource_id"]
+    assert (await gateway.call("POST", f"/api/resources/{pool_id}/on")).status == 202
+
+    async def wanted() -> dict[str, str]:
+        rows = await gateway.sql.fetch("SELECT resource_id, wanted FROM scheduler.resources")
+        return {row["resource_id"]: row["wanted"] for row in rows}
+
+    async with AsyncExitStack() as stack:
+        round_ = CreditRound(await Broker.open(vhost.amqp_url, "billing-test", stack), stand.database)
+        # When one pays before and has credit, and then the other pays before and has none
+        assert (
+            await gateway.call("PUT", "/api/billing/account/terms?team=other", {"pays": "prepaid"})
+        ).status == 200
+        credit = {"amount_usd": "1", "reason": "x"}
+        headers = {"Idempotency-Key": "k"}
+        granted = await gateway.call("POST", "/api/billing/credits?team=other", credit, headers=headers)
+        assert granted.status == 201
+        await round_.once()
+        before = len(gateway.commands)
+        terms = await gateway.call("PUT", "/api/billing/account/terms?team=acme", {"pays": "prepaid"})
+        assert terms.status == 200
+        await round_.once()
+
+        # Then its resource goes off, and the others stay on
+        async def acme_is_off() -> bool:
+            return (await wanted())[resources["acme"]] == "off"
+
+        await until(acme_is_off)
+        assert await wanted() == {resources["acme"]: "off", resources["other"]: "on", pool_id: "on"}
+        asked = gateway.commands[before:]
+        assert [(type(command), command.actor) for command in asked] == [
+            (TurnOffResource, "billing:no_credit")
+        ]
+        # And what is off already is not asked again
+        await round_.once()
+        await asyncio.sleep(0.3)
+        assert len(gateway.commands) == before + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 
@@ -11,7 +12,11 @@ import pytest
 
 from services.billing import rounds
 from services.billing.rounds import MinutesRound
-from tests.integration.billing_stand import Stand, insert_interval, insert_rate, open_stand
+from services.billing.settings import BillingSettings
+from shared.settings import SettingsError, load
+from tests.conftest import Vhost
+from tests.integration.billing_stand import Stand, insert_interval, insert_rate, open_stand, until
+from tests.integration.test_billing_broker import Process
 
 RATE = 60_000_000_000  # one USD a minute, so that amounts are read as minutes
 MINUTE = 10**9
@@ -130,3 +135,31 @@ async def test_an_outage_is_caught_up_with_oldest_hour_first_in_small_transactio
         await minutes_round(stand).once()
         assert (await balances(stand.admin))["team:team_a"] == -30 * 60 * MINUTE
         assert await stand.admin.fetchval("SELECT count(*) FROM billing.transactions") == 30
+
+
+@pytest.mark.timeout(90)
+async def test_a_minute_that_is_proved_is_in_the_balance_within_a_minute(vhost: Vhost, database: str) -> None:
+    """By the process as it is run, at its usual pace."""
+    async with open_stand(database) as stand:
+        start = await stand.admin.fetchval("SELECT date_trunc('hour', now(), 'UTC') - interval '30 minutes'")
+        await insert_interval(stand.admin, "inc_1", start, start + timedelta(minutes=1))
+        process = await Process.start(vhost, database)
+        try:
+
+            async def posted(minutes: int) -> bool:
+                return (await balances(stand.admin)).get("team:team_a") == -minutes * MINUTE
+
+            await until(lambda: posted(1))
+            await stand.admin.execute(
+                "UPDATE scheduler.state_intervals SET proved_until = $1", start + timedelta(minutes=2)
+            )
+            await until(lambda: posted(2), timeout_s=60)
+        finally:
+            assert await process.end(signal.SIGTERM) == 0
+
+
+def test_no_setting_makes_the_balance_older_than_a_minute() -> None:
+    environment = {"DATABASE_URL": "postgresql://x", "AMQP_URL": "amqp://x", "OPS_PORT": "0"}
+    assert load(BillingSettings, environment).minutes_interval_s <= 30
+    with pytest.raises(SettingsError, match="BILLING_MINUTES_INTERVAL_S"):
+        load(BillingSettings, environment | {"BILLING_MINUTES_INTERVAL_S": "60.1"})
