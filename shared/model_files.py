@@ -39,6 +39,8 @@ CONFIG_FILES = frozenset(
 )
 TOKENIZER_FILES = frozenset({"tokenizer.json", "vocab.json", "merges.txt"})
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
 # Papers that come with a model: left where they are, neither read nor copied.
 IGNORED_NAME = re.compile(
@@ -83,6 +85,8 @@ class ModelFolderErrorCode(StrEnum):
     TENSOR_MISMATCH = "tensor_mismatch"
     INVALID_TOKENIZER = "invalid_tokenizer"
     INVALID_CHAT_TEMPLATE = "invalid_chat_template"
+    INVALID_ADAPTER = "invalid_adapter"
+    ADAPTER_NEEDS_BASE = "adapter_needs_base"
     FOLDER_CHANGED = "folder_changed"
     CHECK_LIMIT_EXCEEDED = "check_limit_exceeded"
 
@@ -182,13 +186,18 @@ class ModelFiles:
 
 
 @contextlib.contextmanager
-def open_model_files(folder: Path, limits: ModelFolderLimits) -> Iterator[ModelFiles]:
-    """Open the folder and judge what lies in it, without reading contents. Raises ModelFolderError.
+def open_model_files(
+    folder: Path, limits: ModelFolderLimits, *, adapter: bool = False
+) -> Iterator[ModelFiles]:
+    """Open the folder of a model, or of an adapter, and judge what lies in it, without reading contents.
+
+    Raises ModelFolderError.
 
     1. The folder itself is a folder and not a link.
     2. Not more entries than the limit.
     3. Regular files only: no link, sub-folder, pipe, socket or device.
-    4. Papers (README, LICENSE, ...) are left out; any other name that a model does not need is refused.
+    4. Papers (README, LICENSE, ...) are left out, and beside an adapter what its base has; any other name that is not
+       needed is refused.
     5. No file, and not all together, over its limit.
     """
     try:  # 1
@@ -206,9 +215,9 @@ def open_model_files(folder: Path, limits: ModelFolderLimits) -> Iterator[ModelF
             status = _status(folder_fd, name)
             if not stat.S_ISREG(status.st_mode):  # 3
                 raise _unsafe(f"{_shown(name)} is not a regular file")
-            if IGNORED_NAME.fullmatch(name):  # 4
+            if IGNORED_NAME.fullmatch(name) or (adapter and name in CONFIG_FILES | TOKENIZER_FILES):  # 4
                 continue
-            limit = size_limit(name, limits)
+            limit = size_limit(name, limits, adapter=adapter)
             if status.st_size > limit:  # 5
                 raise ModelFolderError(ModelFolderErrorCode.MODEL_TOO_LARGE, f"{name} is over {limit} bytes")
             sizes[name] = status.st_size
@@ -228,8 +237,17 @@ def _status(folder_fd: int, name: str) -> os.stat_result:
         raise _changed(name) from error
 
 
-def size_limit(name: str, limits: ModelFolderLimits) -> int:
-    """How many bytes a file of this name may have. Raises ModelFolderError for a name that no model folder holds."""
+def size_limit(name: str, limits: ModelFolderLimits, *, adapter: bool = False) -> int:
+    """How many bytes a file of this name may have. Raises ModelFolderError for a name that no such folder holds."""
+    if adapter:
+        if name == ADAPTER_CONFIG:
+            return limits.config_file_bytes
+        if name == ADAPTER_WEIGHTS:
+            return limits.total_bytes
+        raise _unsafe(f"{_shown(name)} is not a file that an adapter's folder may hold")
+    if name == ADAPTER_CONFIG:
+        message = "this is an adapter: it is registered with the base that it was trained on"
+        raise ModelFolderError(ModelFolderErrorCode.ADAPTER_NEEDS_BASE, message)
     if name in CONFIG_FILES:
         return limits.config_file_bytes
     if name in TOKENIZER_FILES:

@@ -29,7 +29,6 @@ from shared.model_files import (
     ModelFolderErrorCode,
     ModelFolderLimits,
     open_model_files,
-    size_limit,
 )
 from shared.model_type import ModelType, describe_model_type
 
@@ -41,7 +40,6 @@ __all__ = [
     "ModelManifest",
     "inspect_model_folder",
     "read_child_answer",
-    "size_limit",
 ]
 
 SINGLE_WEIGHTS_FILE = "model.safetensors"
@@ -77,6 +75,8 @@ class ModelManifest:
     eos_token_ids: tuple[int, ...]
     parameter_count: int
     has_chat_template: bool
+    # Of an adapter, whose folder holds nothing else that is its own; all other facts are its base's.
+    adapter_rank: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,12 +105,12 @@ def inspect_model_folder(folder: Path, limits: ModelFolderLimits) -> ModelManife
             if required not in files:
                 raise ModelFolderError(ModelFolderErrorCode.MISSING_FILE, f"{required} is missing")
         configs = {
-            name: _read_object(files, name)
+            name: read_object(files, name)
             for name in sorted(CONFIG_FILES)
             if name in files and name.endswith(".json")
         }
         for name, config in configs.items():  # 2
-            _refuse_code_keys(name, config)
+            refuse_code_keys(name, config)
         try:  # 3
             model_type = describe_model_type(configs["config.json"])
         except ModelTypeError as error:
@@ -132,7 +132,7 @@ def inspect_model_folder(folder: Path, limits: ModelFolderLimits) -> ModelManife
         )
 
 
-def _read_object(files: ModelFiles, name: str) -> dict[str, Any]:
+def read_object(files: ModelFiles, name: str) -> dict[str, Any]:
     try:
         document = json.loads(
             files.read(name).decode("utf-8"),
@@ -158,7 +158,7 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def _refuse_code_keys(name: str, document: Any) -> None:
+def refuse_code_keys(name: str, document: Any) -> None:
     waiting = [document]
     while waiting:
         value = waiting.pop()
@@ -279,7 +279,7 @@ def _check_weights(files: ModelFiles, model_type: ModelType) -> int:
 
 
 def _read_index(files: ModelFiles) -> dict[str, Any]:
-    index = _read_object(files, INDEX_FILE).get("weight_map")
+    index = read_object(files, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict):
         raise ModelFolderError(ModelFolderErrorCode.INVALID_CONFIG, f"{INDEX_FILE} has no weight_map")
     return index
@@ -352,17 +352,27 @@ def _limit_this_process(address_space_bytes: int, cpu_s: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def _inspect(folder: Path, base: Path | None) -> ModelManifest:
+    if base is None:
+        return inspect_model_folder(folder, ModelFolderLimits())
+    # Imported here: it is made of this module.
+    from shared.adapter_folder import inspect_adapter_folder
+
+    return inspect_adapter_folder(folder, base, ModelFolderLimits())
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m shared.model_folder", description="Check a model folder."
     )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", type=Path, help="the folder of the checked model that the adapter is for")
     parser.add_argument("--address-space-bytes", type=int, default=DEFAULT_ADDRESS_SPACE_BYTES)
     parser.add_argument("--cpu-s", type=int, default=DEFAULT_CPU_S)
     options = parser.parse_args(arguments)
     _limit_this_process(options.address_space_bytes, options.cpu_s)
     try:
-        answer: dict[str, Any] = inspect_model_folder(options.folder, ModelFolderLimits()).to_json()
+        answer: dict[str, Any] = _inspect(options.folder, options.base).to_json()
         returncode = 0
     except ModelFolderError as error:
         answer, returncode = {"error": {"code": error.code.value, "message": error.message}}, 1

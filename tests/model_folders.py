@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from shared.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from shared.model_folder import ModelManifest
 from shared.model_type import describe_model_type
 
 VOCABULARY = 258  # 256 bytes, and two special tokens
@@ -106,3 +108,43 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def edit_json(path: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text()) | changes)
+
+
+ADAPTER: Json = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj", "v_proj"],
+    "bias": "none",
+    "init_lora_weights": True,
+}
+
+
+def make_adapter_folder(folder: Path, **config_changes: Any) -> Path:
+    """An adapter on the model that `make_folder` makes."""
+    folder.mkdir(exist_ok=True)
+    config = ADAPTER | config_changes
+    write_json(folder / ADAPTER_CONFIG, config)
+    tensors: Tensors = {}
+    for layer in range(2):
+        for module, outputs in (("q_proj", 8), ("v_proj", 4)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = ("F32", (config["r"], 8))
+            tensors[f"{name}.lora_B.weight"] = ("F32", (outputs, config["r"]))
+    (folder / ADAPTER_WEIGHTS).write_bytes(safetensors_bytes(tensors))
+    return folder
+
+
+def make_base(folder: Path, config: Json) -> Path:
+    """As much of a checked model's folder as the check of an adapter reads."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", config)
+    kind = describe_model_type(config)
+    manifest = ModelManifest(
+        files=(), architecture=kind.architecture, signature=kind.signature, canonical_config=kind.canonical,
+        context_tokens=kind.context_tokens, vocab_size=kind.vocab_size, eos_token_ids=(257,), parameter_count=1,
+        has_chat_template=True,
+    )  # fmt: skip
+    write_json(folder / "manifest.json", manifest.to_json())
+    return folder

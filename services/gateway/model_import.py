@@ -63,14 +63,18 @@ class ModelImporter:
             log.info("import_path_unusable", error=type(error).__name__)
         raise bad_request("invalid_path", "There is no such folder below the import folder.", "path")
 
-    async def check(self, source: SourceFolder) -> ModelManifest:
-        """Inspect the folder in a child process with limits. Raises `ApiError` 400 with the check's own code."""
+    async def check(self, source: SourceFolder, base_folder: str | None) -> ModelManifest:
+        """Inspect the folder in a child process with limits. Raises `ApiError` 400 with the check's own code.
+
+        base_folder: of an adapter, its base's folder below the store.
+        """
         limit_s = CHECK_TIMEOUT_S + await asyncio.to_thread(_bytes_in, source) / HASHED_BYTES_PER_S
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "shared.model_folder",
             str(source.folder),
+            *(() if base_folder is None else ("--base", str(self.store / base_folder))),
             cwd=PROJECT_ROOT,
             # The child runs tokenizers of strangers: it gets none of our secrets.
             env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},

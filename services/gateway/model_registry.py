@@ -61,6 +61,8 @@ class NewRevision:
     folder: str
     manifest: Mapping[str, Any]
     context_tokens: int
+    base: tuple[str, int] | None = None
+    """Of an adapter: model and revision that it stands on."""
 
 
 class ModelGone(Exception):
@@ -73,6 +75,10 @@ class StaleVersion(Exception):
 
 class UnknownRevision(Exception):
     """The model has no such revision, or no longer."""
+
+
+class BaseGone(Exception):
+    """What an adapter stands on was deleted or removed since."""
 
 
 class HasAdapters(Exception):
@@ -101,6 +107,16 @@ class ModelRegistry:
     async def model(self, team_id: str, model_id: str) -> ModelView | None:
         sql = _MODEL + " AND m.team_id = $1 AND m.model_id = $2"
         row = await self._database.fetchrow(sql, team_id, model_id)
+        return None if row is None else _model(row)
+
+    async def model_by_name(self, team_id: str, id_or_name: str) -> ModelView | None:
+        """Return a model of the team or of the platform, by its id, by `team/name`, or by the name of the team's own."""
+        sql = _MODEL + (
+            " AND (m.team_id = $1 OR t.is_platform)"
+            " AND (m.model_id = $2 OR t.slug || '/' || m.name = $2 OR (m.team_id = $1 AND m.name = $2))"
+            " ORDER BY m.model_id = $2 DESC LIMIT 1"
+        )
+        row = await self._database.fetchrow(sql, team_id, id_or_name)
         return None if row is None else _model(row)
 
     async def has_model_named(self, team_id: str, name: str) -> bool:
@@ -146,7 +162,7 @@ class ModelRegistry:
     # ---- changes
 
     async def add_model(self, team_id: str, name: str, signature: str, first: NewRevision) -> None:
-        """Raises `NameTaken`, or `LimitReached` when the team has `MODELS_PER_TEAM` models."""
+        """Raises `NameTaken`, `BaseGone`, or `LimitReached` when the team has `MODELS_PER_TEAM` models."""
         try:
             async with self._database.transaction() as connection:
                 # The row lock lets two concurrent requests not both take the last free place.
@@ -182,7 +198,10 @@ class ModelRegistry:
             return number
 
     async def add_revision(self, team_id: str, new: NewRevision) -> None:
-        """Make it the current one; the oldest gives way where there are too many. Raises as `next_revision`."""
+        """Make it the current one; the oldest gives way where there are too many.
+
+        Raises as `next_revision`, and `BaseGone`.
+        """
         async with self._database.transaction() as connection:
             current: int = (await _lock(connection, team_id, new.model_id))["current_revision"]
             room = await _room(connection, new.model_id, current)
@@ -274,14 +293,29 @@ async def _room(connection: Connection, model_id: str, current: int) -> Room:
 
 
 async def _insert_revision(connection: Connection, new: NewRevision) -> None:
+    base_id, base_revision = new.base or (None, None)
+    if base_id is not None:
+        # Under the base's lock, which whoever deletes it or removes a revision takes as well. Then, in a statement of its
+        # own that sees what they did, whether it is still there.
+        await connection.fetchval("SELECT 1 FROM gateway.models WHERE model_id = $1 FOR SHARE", base_id)
+        if not await connection.fetchval(
+            "SELECT 1 FROM gateway.models JOIN gateway.model_revisions USING (model_id)"
+            " WHERE model_id = $1 AND revision = $2 AND deleted_at IS NULL AND removed_at IS NULL",
+            base_id,
+            base_revision,
+        ):
+            raise BaseGone
     await connection.execute(
-        "INSERT INTO gateway.model_revisions (model_id, revision, folder, manifest, context_tokens)"
-        " VALUES ($1, $2, $3, $4, $5)",
+        "INSERT INTO gateway.model_revisions"
+        " (model_id, revision, folder, manifest, context_tokens, base_model_id, base_revision)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7)",
         new.model_id,
         new.revision,
         new.folder,
         json.dumps(new.manifest),
         new.context_tokens,
+        base_id,
+        base_revision,
     )
 
 

@@ -24,7 +24,7 @@ from services.gateway.store import LimitReached
 from services.gateway.threads import run_to_its_end
 from services.gateway.upload_table import NewFile, Superseded, UploadGone, UploadTable
 from shared.ids import new_id
-from shared.model_folder import ModelFolderError, ModelFolderLimits, size_limit
+from shared.model_files import ADAPTER_CONFIG, ModelFolderError, ModelFolderLimits, size_limit
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()
@@ -74,7 +74,7 @@ class ModelUploads:
     def check_name(self, name: str, size_bytes: int) -> None:
         """Raises `ApiError` for a name that no model folder holds, and a size above what is allowed for it."""
         try:
-            limit_bytes = size_limit(name, self.limits.folder)
+            limit_bytes = size_limit(name, self.limits.folder, adapter=name == ADAPTER_CONFIG)
         except ModelFolderError as error:
             raise bad_request(error.code.value, error.message[:300], "name") from error
         if size_bytes > limit_bytes:

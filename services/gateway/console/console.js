@@ -104,7 +104,8 @@ function modelCard(model) {
     copy.textContent = copied ? "Copied" : "Select it and copy by hand";
   });
   return make("li", {}, make("div", { className: "row spread" }, make("strong", { text: model.name }),
-    make("span", { text: `${model.model_type} · revision ${model.revision}`, className: "quiet" })),
+    make("span", { text: [model.model_type, `revision ${model.revision}`,
+      ...(model.base ? [`adapter on ${model.base.name}, revision ${model.base.revision}`] : [])].join(" · "), className: "quiet" })),
   make("details", {}, make("summary", { text: model.url }), make("pre", { text: model.snippet }), copy));
 }
 

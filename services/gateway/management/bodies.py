@@ -59,13 +59,23 @@ class ModelSource(Body, kw_only=True):
     ) = UNSET
 
 
+BaseName = Annotated[
+    str,
+    Meta(
+        pattern="^[a-z0-9][a-z0-9._/-]{0,150}$",
+        description="Of an adapter: id or name of the model that it was trained on, the team's or the platform's.",
+    ),
+]
+
+
 class RegisterModel(ModelSource, kw_only=True):
     name: ModelName
+    base: BaseName | UnsetType = UNSET
     model_type: TypeName | None = None
 
 
 class AddRevision(ModelSource, kw_only=True):
-    pass
+    base: BaseName | UnsetType = UNSET
 
 
 class ChangeModel(Body):

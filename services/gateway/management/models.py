@@ -33,6 +33,7 @@ from services.gateway.management.sources import Sources
 from services.gateway.model_import import SourceFolder
 from services.gateway.model_registry import (
     MODELS_PER_TEAM,
+    BaseGone,
     HasAdapters,
     ModelGone,
     ModelRegistry,
@@ -90,10 +91,11 @@ class Models:
         body = parse(await read_json(request), RegisterModel)
         if await self._registry.has_model_named(team.team_id, body.name):
             raise _name_taken()
+        base = None if body.base is UNSET else await find_base(self._registry, team, body.base)
         async with self._sources.opened(team, body) as source, self._importer.one_at_a_time:
-            manifest = await self._importer.check(source)
+            manifest = await self._importer.check(source, base.folder if base else None)
             await self._ensure_type(manifest, body.model_type, PLATFORM in principal_of(request).scopes)
-            model = await self._add(team, body.name, manifest, source)
+            model = await self._add(team, body.name, manifest, source, base)
         await self._routes.refresh_if_possible()
         return model_answer(model, base_url(request, self._public_url), 201)
 
@@ -122,17 +124,23 @@ class Models:
             message = "Another model type has this name."
             raise ApiError(409, "name_taken", message, param="model_type") from error
 
-    async def _add(self, team: Acting, name: str, manifest: ModelManifest, source: SourceFolder) -> ModelView:
+    async def _add(
+        self, team: Acting, name: str, manifest: ModelManifest, source: SourceFolder, base: ModelView | None
+    ) -> ModelView:
         model_id = new_id("mod")
         kept = False
         try:
             stored = f"{model_id}/1"
             await self._importer.take(source, manifest, stored)
-            first = NewRevision(model_id, 1, stored, manifest.to_json(), manifest.context_tokens)
+            first = NewRevision(
+                model_id, 1, stored, manifest.to_json(), manifest.context_tokens, pinned(base)
+            )
             await self._registry.add_model(team.team_id, name, manifest.signature, first)
             kept = True
         except NameTaken as error:
             raise _name_taken() from error
+        except BaseGone as error:
+            raise base_gone() from error
         except LimitReached as error:
             message = f"A team may have {MODELS_PER_TEAM} models; delete one first."
             raise ApiError(409, "too_many_models", message) from error
@@ -206,6 +214,26 @@ async def find_model(registry: ModelRegistry, team: Acting, request: web.Request
     if model is None:
         raise not_found()
     return model
+
+
+async def find_base(registry: ModelRegistry, team: Acting, id_or_name: str) -> ModelView:
+    """Return the model that an adapter stands on: its current revision. Raises `ApiError` 400."""
+    base = await registry.model_by_name(team.team_id, id_or_name)
+    if base is None:
+        message = "Neither the team nor the platform has this model."
+        raise bad_request("unknown_base", message, "base")
+    if base.base is not None:
+        raise bad_request("base_is_adapter", "An adapter stands on a model with weights of its own.", "base")
+    return base
+
+
+def pinned(base: ModelView | None) -> tuple[str, int] | None:
+    return None if base is None else (base.model_id, base.revision)
+
+
+def base_gone() -> ApiError:
+    message = "The base was deleted, or its revision removed, while the adapter was registered."
+    return ApiError(409, "base_gone", message, param="base")
 
 
 def base_url(request: web.Request, public_url: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aiohttp import web
+from msgspec import UNSET
 
 from services.gateway.edge import read_json
 from services.gateway.errors import ApiError, bad_request
@@ -21,10 +22,18 @@ from services.gateway.management.acting import (
 )
 from services.gateway.management.bodies import AddRevision, parse
 from services.gateway.management.idempotency import idempotent
-from services.gateway.management.models import base_json, base_url, find_model, model_answer
+from services.gateway.management.models import (
+    base_gone,
+    base_json,
+    base_url,
+    find_base,
+    find_model,
+    model_answer,
+    pinned,
+)
 from services.gateway.management.sources import Sources
 from services.gateway.model_import import SourceFolder
-from services.gateway.model_registry import ModelGone, NewRevision
+from services.gateway.model_registry import BaseGone, ModelGone, NewRevision
 from services.gateway.principal import ModelView
 from services.gateway.revision_rules import REVISIONS_PER_MODEL
 from services.gateway.routes import MANAGE, RouteSpec
@@ -59,15 +68,33 @@ class Revisions:
         team = await acting_team(request, self._store)
         model = await find_model(self._registry, team, request)
         body = parse(await read_json(request), AddRevision)
+        base = await self._base(team, model, body)
         async with self._sources.opened(team, body) as source, self._importer.one_at_a_time:
-            manifest = await self._importer.check(source)
+            manifest = await self._importer.check(source, base.folder if base else None)
             _require_same_type(model, manifest, source)
-            await self._add(team, model.model_id, manifest, source)
+            await self._add(team, model.model_id, manifest, source, base)
         await self._routes.refresh_if_possible()
         changed = await find_model(self._registry, team, request)
         return model_answer(changed, base_url(request, self._public_url), 201)
 
-    async def _add(self, team: Acting, model_id: str, manifest: ModelManifest, source: SourceFolder) -> None:
+    async def _base(self, team: Acting, model: ModelView, body: AddRevision) -> ModelView | None:
+        """Of an adapter: the base as it is now, whether it is named or stays. Raises `ApiError` 400."""
+        if model.base is not None:
+            wanted = model.base.model_id if body.base is UNSET else body.base
+            return await find_base(self._registry, team, wanted)
+        if body.base is not UNSET:
+            message = "The model has weights of its own; an adapter is registered under another name."
+            raise bad_request("not_an_adapter", message, "base")
+        return None
+
+    async def _add(
+        self,
+        team: Acting,
+        model_id: str,
+        manifest: ModelManifest,
+        source: SourceFolder,
+        base: ModelView | None,
+    ) -> None:
         stored = ""
         kept = False
         try:
@@ -76,11 +103,15 @@ class Revisions:
             await self._importer.take(source, manifest, stored)
             await self._registry.add_revision(
                 team.team_id,
-                NewRevision(model_id, number, stored, manifest.to_json(), manifest.context_tokens),
+                NewRevision(
+                    model_id, number, stored, manifest.to_json(), manifest.context_tokens, pinned(base)
+                ),
             )
             kept = True
         except ModelGone as error:
             raise not_found() from error
+        except BaseGone as error:
+            raise base_gone() from error
         except LimitReached as error:
             message = f"A model keeps {REVISIONS_PER_MODEL} revisions, and adapters stand on all old ones."
             raise ApiError(409, "too_many_revisions", message) from error
