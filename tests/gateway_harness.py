@@ -20,6 +20,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from services.gateway import edge, keys, management, public
 from services.gateway.commands import CommandCaller
+from services.gateway.hub import Hub
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
 from services.gateway.model_uploads import ModelUploads, UploadLimits
@@ -236,6 +237,7 @@ async def running_gateway(
     stand_ins: Sequence[topology.Queue] = (topology.SCHEDULER_COMMANDS, topology.BILLING_COMMANDS),
     payments: PaymentProvider | None = None,
     webhook_secrets: Sequence[str] = (),
+    hub_url: str | None = None,
 ) -> AsyncIterator[Gateway]:
     """stand_ins: the queues of the services that are stood in for; behind others a test runs the real one."""
     import_dir, model_store = folder / "import", folder / "store"
@@ -280,8 +282,9 @@ async def running_gateway(
                 background.append(group.create_task(broker.consume(queue, of, stand_in.on_command)))
         importer = ModelImporter(import_dir, model_store, asyncio.Lock())
         uploads = ModelUploads(UploadTable(database), model_store, UploadLimits())
+        hub = Hub(uploads, hub_url is not None, hub_url, asyncio.Semaphore(2))
         deps = management.ManagementDeps(
-            store, registry, views, routes, key_cache, commands, importer, uploads, None, payments
+            store, registry, views, routes, key_cache, commands, importer, uploads, hub, None, payments
         )
         webhook = PaymentWebhook(store, broker, webhook_secrets).routes() if webhook_secrets else []
         specs = public.with_openapi([*management.routes(deps), *public.routes(list), *webhook])

@@ -31,11 +31,14 @@ PASSED_ON = (
         "ALLOWED_HOSTS",
         "MAX_*",
         "TEAM_*",
+        "UPLOAD*",
         "GATEWAY_*",
         "BILLING_*",
         "DRAIN_TIMEOUT_S",
     ),
 )
+# For the gateway, which alone reaches out of the machine: it may fetch models from a hub.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 # What `.local/env` sets for clients, if the user's shell has read it: no service may take it for its own.
 FOR_CLIENTS = ("ROUNDHOUSE_URL", "ROUNDHOUSE_API_KEY", "ROUNDHOUSE_ADMIN_KEY", "ROUNDHOUSE_MODEL")
 
@@ -157,6 +160,7 @@ def service_specs(
 
     gateway_env = {"HTTP_PORT": str(ports.gateway_http), "ROUNDHOUSE_ADMIN_KEY": credentials.admin_key}
     gateway_env |= gateway_payments_env(environ, ports, credentials)
+    gateway_env |= {name: value for name, value in environ.items() if name.upper() in PROXIES}
     return [
         *payment_specs(environ, base_env(environ), ports, credentials),
         ProcessSpec(

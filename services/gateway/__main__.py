@@ -10,6 +10,7 @@ from opentelemetry.metrics import CallbackOptions, Observation
 
 from services.gateway import admission, edge, keys, management, public
 from services.gateway.commands import CommandCaller
+from services.gateway.hub import FETCHES_AT_ONCE, Hub
 from services.gateway.inference import http as inference
 from services.gateway.inference.measures import InferenceMetrics
 from services.gateway.management.idempotency import KEEP_S
@@ -61,6 +62,12 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     commands.reply_queue = owner.queue
     importer = ModelImporter(settings.model_import_dir, settings.model_store, asyncio.Lock())
     uploads = ModelUploads(UploadTable(database), settings.model_store, upload_limits(settings))
+    hub = Hub(
+        uploads,
+        settings.hub_enabled or settings.hub_url is not None,
+        settings.hub_url,
+        asyncio.Semaphore(FETCHES_AT_ONCE),
+    )
 
     await ensure_platform(store, settings.admin_key)
     await owner.start(life.group)
@@ -74,7 +81,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     tokenizers.start(life.group)
 
     api = management.ManagementDeps(
-        store, registry, views, route_table, key_cache, commands, importer, uploads, settings.public_url,
+        store, registry, views, route_table, key_cache, commands, importer, uploads, hub, settings.public_url,
         await payment_provider(settings, life),
     )  # fmt: skip
     generation = inference.InferenceDeps(

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import structlog
 
+from services.gateway.children import run_child
 from services.gateway.errors import ApiError, bad_request
 from services.gateway.threads import run_to_its_end
 from shared.model_folder import ModelFile, ModelFolderError, ModelManifest, read_child_answer
@@ -27,9 +27,7 @@ log = structlog.get_logger()
 CHECK_TIMEOUT_S = 60.0
 HASHED_BYTES_PER_S = 100e6
 """A slow disk's speed: the check reads every byte, so large models get more time."""
-MAX_ANSWER_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 4 * 1024 * 1024
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +67,14 @@ class ModelImporter:
         base_folder: of an adapter, its base's folder below the store.
         """
         limit_s = CHECK_TIMEOUT_S + await asyncio.to_thread(_bytes_in, source) / HASHED_BYTES_PER_S
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "shared.model_folder",
-            str(source.folder),
-            *(() if base_folder is None else ("--base", str(self.store / base_folder))),
-            cwd=PROJECT_ROOT,
-            # The child runs tokenizers of strangers: it gets none of our secrets.
-            env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LANG": "C.UTF-8"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=MAX_ANSWER_BYTES,
-        )
+        base = [] if base_folder is None else ["--base", str(self.store / base_folder)]
         try:
-            async with asyncio.timeout(limit_s):
-                stdout, _ = await child.communicate()
+            status, stdout = await run_child("shared.model_folder", [str(source.folder), *base], limit_s)
         except TimeoutError as error:
             message = "Checking the model took too long."
             raise bad_request("check_limit_exceeded", message, source.param) from error
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await asyncio.shield(child.wait())
         try:
-            return read_child_answer(child.returncode or 0, stdout)
+            return read_child_answer(status, stdout)
         except ModelFolderError as error:
             raise bad_request(error.code.value, error.message[:300], source.param) from error
 

@@ -37,6 +37,10 @@ class GatewaySettings(CommonSettings):
     """How long an upload is kept after its latest file."""
     uploads_at_once: int = env("UPLOADS_AT_ONCE", 16, low=1, high=1000)
     """Files on their way to one gateway."""
+    hub_enabled: bool = env("ROUNDHOUSE_HUB_ENABLED", False)
+    """Whether models may be fetched from a hub, by its own library; naming a hub turns it on as well."""
+    hub_url: str | None = env("ROUNDHOUSE_HUB_URL", None)
+    """Another hub than the library's own."""
     team_requests_per_s: float = env("TEAM_REQUESTS_PER_S", 200.0, low=0.01, high=1e6)
     team_burst: int = env("TEAM_BURST", 400, low=1, high=1_000_000)
     team_in_flight: int = env("TEAM_IN_FLIGHT", 512, low=1, high=1_000_000)

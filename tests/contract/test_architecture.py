@@ -24,7 +24,8 @@ READS_ENVIRONMENT = {
     "shared/model_folder.py": "tells the tokenizers library to start no threads",
     "services/worker/image_store.py": "a child that makes an image gets PATH alone",
     "services/worker/agent/__main__.py": "workers inherit the agent's environment, less what they may not have",
-    "services/gateway/model_import.py": "the checking process gets PATH and nothing else",
+    "services/gateway/children.py": "processes for strangers' files get PATH, and what is named for them",
+    "services/gateway/hub.py": "the process that speaks to a hub gets the machine's proxies and certificates",
 }
 # Tasks outside of a TaskGroup, and who holds and ends them.
 HOLDS_TASKS = {

@@ -16,6 +16,7 @@ from aiohttp import web
 from services.gateway.commands import CommandCaller
 from services.gateway.edge import spec_of
 from services.gateway.errors import ApiError, bad_request
+from services.gateway.hub import Hub
 from services.gateway.keys import KeyCache
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
@@ -56,6 +57,7 @@ class ManagementDeps:
     commands: CommandCaller
     importer: ModelImporter
     uploads: ModelUploads
+    hub: Hub
     public_url: str | None
     payments: PaymentProvider | None = None
     """Where teams pay; None: nowhere."""

@@ -57,6 +57,26 @@ class ModelSource(Body, kw_only=True):
         ]
         | UnsetType
     ) = UNSET
+    hub: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+                description="A repository of the hub, where the installation allows it.",
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
+    hub_revision: (
+        Annotated[
+            str,
+            Meta(
+                pattern="^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+                description="Branch, tag or commit; the main branch, if it is left out.",
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 BaseName = Annotated[

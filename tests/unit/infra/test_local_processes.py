@@ -89,6 +89,17 @@ def test_settings_of_the_user_are_passed_on() -> None:
     assert "EDITOR" not in env and env["PATH"]
 
 
+def test_the_gateway_alone_learns_of_the_machines_proxies(tmp_path: Path) -> None:
+    specs = all_specs(tmp_path, {"HTTPS_PROXY": "http://p", "no_proxy": "localhost"})
+    assert {name for name, spec in specs.items() if "HTTPS_PROXY" in spec.env or "no_proxy" in spec.env} == {
+        "gateway"
+    }
+    assert (specs["gateway"].env["HTTPS_PROXY"], specs["gateway"].env["no_proxy"]) == (
+        "http://p",
+        "localhost",
+    )
+
+
 def test_no_secret_is_on_a_command_line_or_in_a_repr(tmp_path: Path) -> None:
     specs = all_specs(tmp_path, {})
     for spec in specs.values():
