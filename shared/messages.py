@@ -383,6 +383,34 @@ class ScaleResource(Command, frozen=True, tag="resource.scale.v1"):
     fixed_count: int
 
 
+class ScalingWindow(Part, frozen=True):
+    """Bounds of its own for `duration_minutes` from each time that fits `start` (cron's five fields, in the zone)."""
+
+    name: str
+    start: str
+    duration_minutes: int
+    time_zone: str
+    min_count: int
+    max_count: int
+
+
+class SetScaling(Command, frozen=True, tag="resource.set_scaling.v1"):
+    """All scaling settings of a resource at once. With autoscaling off both counts are the fixed number.
+
+    if_version: refused (`precondition_failed`) unless these are still the settings of that version; None: whatever they are.
+    """
+
+    team_id: str
+    resource_id: str
+    autoscaling: bool
+    min_count: int
+    max_count: int
+    idle_timeout_s: int
+    when_asleep: Literal["wake", "refuse"]
+    windows: list[ScalingWindow] = []
+    if_version: int | None = None
+
+
 class TurnOnResource(Command, frozen=True, tag="resource.turn_on.v1"):
     team_id: str
     resource_id: str
@@ -580,7 +608,13 @@ PaymentFact = PaymentReported
 FleetEvent = NodeReport | WorkerReport
 Alarm = ModelDamaged
 SchedulerCommand = (
-    CreateOption | CreateResource | ScaleResource | TurnOnResource | TurnOffResource | DeleteResource
+    CreateOption
+    | CreateResource
+    | ScaleResource
+    | SetScaling
+    | TurnOnResource
+    | TurnOffResource
+    | DeleteResource
 )
 BillingCommand = SetPrice | SetRate | WithdrawPrice | GrantCredit | SetTeamTerms
 

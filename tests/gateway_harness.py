@@ -35,6 +35,8 @@ from services.gateway.store import Store
 from services.gateway.upload_table import UploadTable
 from services.gateway.views import Views
 from services.gateway.wire import WireSite
+from services.scheduler.command_rules import problem_of
+from services.scheduler.scaling_store import SettingsChanged, set_scaling
 from shared import messages, topology
 from shared.broker import Broker, Delivery
 from shared.database import Database
@@ -215,6 +217,17 @@ class StandIn:
                 "UPDATE scheduler.resources SET state = 'draining' WHERE resource_id = $1 AND state <> 'off'",
                 command.resource_id,
             )
+        if isinstance(command, messages.SetScaling):
+            problem = problem_of(command)
+            if problem is not None:
+                return CommandResult(
+                    command_id=command.command_id, ok=False, code="invalid_value", message=problem
+                )
+            try:
+                await set_scaling(sql, command)
+            except SettingsChanged:
+                return self._no(command, "precondition_failed")
+            return CommandResult(command_id=command.command_id, ok=True)
         change = {
             messages.TurnOnResource: "wanted = 'on', state = 'starting'",
             messages.TurnOffResource: "wanted = 'off', state = 'off'",

@@ -102,6 +102,7 @@ _STATUS = {
     "price_starts_in_past": 400,
     "rate_starts_in_past": 400,
     "forbidden": 403,
+    "precondition_failed": 412,
 }
 """What a refused command is over HTTP; any other refusal is about the state of things: 409."""
 

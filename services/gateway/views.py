@@ -63,7 +63,8 @@ class Views:
 
     async def resources(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
         return await self._database.fetch(
-            f"SELECT r.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
+            f"SELECT r.*, s.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
+            " JOIN scheduler_api.scaling_v1 s USING (resource_id)"
             " WHERE team_id = $1 AND resource_id > $2 AND deleted_at IS NULL ORDER BY resource_id LIMIT $3",
             team_id,
             after,
@@ -72,7 +73,8 @@ class Views:
 
     async def resource(self, team_id: str, resource_id: str) -> asyncpg.Record | None:
         return await self._database.fetchrow(
-            f"SELECT r.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
+            f"SELECT r.*, s.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
+            " JOIN scheduler_api.scaling_v1 s USING (resource_id)"
             " WHERE team_id = $1 AND resource_id = $2 AND deleted_at IS NULL",
             team_id,
             resource_id,

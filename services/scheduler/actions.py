@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
 
 
@@ -115,6 +116,16 @@ class FreePlace:
 
 
 @dataclass(frozen=True, slots=True)
+class SetBounds:
+    """A window of the scaling settings opened or ended, or it was time to look for the next. words: empty if nothing
+    changed but the time."""
+
+    version: int
+    bounds: Bounds
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetResource:
     state: ResourceState
     reason: str
@@ -133,5 +144,6 @@ Action = (
     | MovePlace
     | GiveUpStart
     | FreePlace
+    | SetBounds
     | SetResource
 )

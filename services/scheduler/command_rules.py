@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from shared.messages import CreateOption, CreateResource, ScaleResource, SchedulerCommand
+from services.scheduler.scaling_settings import MAX_COUNT, settings_problem
+from shared.messages import CreateOption, CreateResource, ScaleResource, SchedulerCommand, SetScaling
 
-MAX_COUNT = 64
 MAX_NAME = 100
 MAX_BATCH = 1024
 CONTEXT_TOKENS = range(16, 1_048_576 + 1)
@@ -40,6 +40,8 @@ def problem_of(command: SchedulerCommand) -> str | None:
             return _count_problem(command.fixed_count)
         case ScaleResource():
             return _count_problem(command.fixed_count)
+        case SetScaling():
+            return _scaling_problem(command)
     return None
 
 
@@ -59,6 +61,12 @@ def _option_problem(command: CreateOption) -> str | None:
     if not 0 <= command.hourly_rate_nanousd <= MAX_HOURLY_RATE_NANOUSD:
         return f"hourly_rate_nanousd must be between 0 and {MAX_HOURLY_RATE_NANOUSD}"
     return None
+
+
+def _scaling_problem(command: SetScaling) -> str | None:
+    if not command.autoscaling and command.min_count != command.max_count:
+        return "with autoscaling off there is one number of gpus"
+    return settings_problem(command.min_count, command.max_count, command.idle_timeout_s, command.windows)
 
 
 def _count_problem(count: int) -> str | None:

@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 
 from services.scheduler.command_rules import problem_of
+from services.scheduler.scaling_store import SettingsChanged, set_fixed, set_scaling
 from shared.database import Connection, Database
 from shared.ids import new_id
 from shared.messages import (
@@ -22,6 +23,7 @@ from shared.messages import (
     DeleteResource,
     ScaleResource,
     SchedulerCommand,
+    SetScaling,
     TurnOffResource,
     TurnOnResource,
 )
@@ -103,12 +105,16 @@ class Desired:
                 return await self._create_resource(connection, command)
             case ScaleResource():
                 await _lock(connection, command.team_id, command.resource_id)
-                await connection.execute(
-                    "UPDATE scheduler.resources SET fixed_count = $2 WHERE resource_id = $1",
-                    command.resource_id,
-                    command.fixed_count,
-                )
+                await set_fixed(connection, command)
                 await _note(connection, command.resource_id, "scaled", f"to {command.fixed_count}", command)
+            case SetScaling():
+                await _lock(connection, command.team_id, command.resource_id)
+                try:
+                    words = await set_scaling(connection, command)
+                except SettingsChanged as error:
+                    message = "the scaling settings were changed since you read them"
+                    raise Refused("precondition_failed", message) from error
+                await _note(connection, command.resource_id, "scaled", words, command)
             case TurnOnResource():
                 await _want(connection, command, "on")
             case TurnOffResource():

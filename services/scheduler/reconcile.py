@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from services.scheduler.actions import Action, FreePlace, GrantPlace, SetResource
+from services.scheduler.actions import Action, FreePlace, GrantPlace, SetBounds, SetResource
 from services.scheduler.place_rules import is_fresh, look_at_place, move, node_answers, stop_of
+from services.scheduler.scaling_settings import Bounds, bounds_at
 from services.scheduler.states import PlaceState, ResourceState, advance_resource, next_towards
 from services.scheduler.views import FreeDevice, Limits, PlaceView, ResourceView
 
@@ -21,6 +22,7 @@ HOLDING = "holding: the scheduler cannot reach the message broker"
 def reconcile(view: ResourceView) -> list[Action]:
     """Decide about one resource.
 
+    0. A window of the scaling settings that opened or ended -> store the bounds that are in force now.
     1. Blind (the broker is away) -> hold: no start, no drain, nobody is called lost; only say so.
     2. Each taken place by itself (`look_at_place`); what follows counts the places as they will be then.
     3. More places in starting, ready or lost than wanted -> drain the surplus (`choose_victims`).
@@ -30,9 +32,10 @@ def reconcile(view: ResourceView) -> list[Action]:
     5. Places that drain -> tell worker and node, again and again until the node confirms the end.
     6. The state of the resource follows from its places (`target_state`), one legal step at a time.
     """
+    turned = _turn_of_windows(view)
     if view.observing_since is None:
-        return _hold(view)
-    actions: list[Action] = []
+        return [*turned, *_hold(view)]
+    actions: list[Action] = [*turned]
     places: list[PlaceView] = []
     for place in sorted(view.places, key=lambda p: p.place):
         looked = look_at_place(view, place)
@@ -71,8 +74,19 @@ def reconcile(view: ResourceView) -> list[Action]:
 
 
 def wanted_count(view: ResourceView) -> int:
-    """How many replicas the resource should have now. Autoscaling and windows in time will decide here."""
-    return view.fixed_count if view.wanted == "on" else 0
+    """How many replicas the resource should have now: none while it is off, else at least the minimum in force."""
+    return bounds_in_force(view).min_count if view.wanted == "on" else 0
+
+
+def bounds_in_force(view: ResourceView) -> Bounds:
+    """The settings' bounds, or those of the window that is open."""
+    scaling = view.scaling
+    if scaling is None:
+        return Bounds(min_count=view.fixed_count, max_count=view.fixed_count)
+    noted = scaling.noted
+    if noted is not None and noted.until is not None and view.now < noted.until:
+        return noted
+    return bounds_at(scaling.min_count, scaling.max_count, scaling.windows, view.now)
 
 
 def choose_victims(active: Sequence[PlaceView], count: int) -> list[PlaceView]:
@@ -137,6 +151,18 @@ def target_state(view: ResourceView, places: Sequence[PlaceView]) -> ResourceSta
     return ResourceState.STARTING
 
 
+def _turn_of_windows(view: ResourceView) -> list[SetBounds]:
+    scaling = view.scaling
+    bounds = bounds_in_force(view)
+    if scaling is None or not scaling.windows or bounds == scaling.noted:
+        return []
+    words = ""
+    if scaling.noted is None or scaling.noted.window != bounds.window:
+        which = f"window {bounds.window!r} is open" if bounds.window is not None else "no window is open"
+        words = f"{which}: {bounds.min_count} to {bounds.max_count} places"
+    return [SetBounds(scaling.version, bounds, words)]
+
+
 def _hold(view: ResourceView) -> list[Action]:
     if view.state in (ResourceState.OFF, ResourceState.ASLEEP) or view.reason == HOLDING:
         return []
@@ -166,7 +192,8 @@ def _grants(
     view: ResourceView, places: Sequence[PlaceView], missing: int, has_just_left: bool
 ) -> tuple[list[GrantPlace], str]:
     """Grant up to `missing` seats; also say in words why fewer were granted."""
-    room = view.fixed_count - len(places)
+    most = bounds_in_force(view).max_count
+    room = most - len(places)
     start_at = next_start_at(view)
     if missing > 0 and (has_just_left or view.now < start_at):
         if has_just_left or view.failures == 0:
@@ -176,7 +203,7 @@ def _grants(
             f"{view.failures} failed starts in a row ({view.last_failure}); next start at {_clock(start_at)}",
         )
     taken = {place.place for place in places}
-    seats = [number for number in range(view.fixed_count) if number not in taken]
+    seats = [number for number in range(most) if number not in taken]
     free = list(view.free_devices)
     grants: list[GrantPlace] = []
     for seat in seats[: max(min(missing, room), 0)]:

@@ -9,9 +9,18 @@ from msgspec import Struct
 
 from services.scheduler.actions import Action, GrantPlace, SendStop
 from services.scheduler.reconcile import reconcile
+from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
-from services.scheduler.views import FreeDevice, Limits, PlaceView, ProcessSeen, ResourceView, WorkerSeen
-from shared.messages import NodeReport, WorkerReport
+from services.scheduler.views import (
+    FreeDevice,
+    Limits,
+    PlaceView,
+    ProcessSeen,
+    ResourceView,
+    Scaling,
+    WorkerSeen,
+)
+from shared.messages import NodeReport, ScalingWindow, WorkerReport
 
 
 class StoredResource(Struct, frozen=True, kw_only=True):
@@ -37,6 +46,16 @@ class StoredResource(Struct, frozen=True, kw_only=True):
     last_failure_at: float | None
     last_failure: str
     usual_start_s: float | None
+    autoscaling: bool = False
+    min_count: int | None = None
+    max_count: int | None = None
+    idle_timeout_s: int = 600
+    windows: list[ScalingWindow] = []
+    scaling_version: int = 1
+    min_now: int | None = None
+    max_now: int | None = None
+    window_now: str | None = None
+    bounds_until: float | None = None
 
 
 class StoredPlace(Struct, frozen=True, kw_only=True):
@@ -177,6 +196,7 @@ def _view(
         hourly_rate_nanousd=0 if resource.pool else resource.hourly_rate_nanousd,
         wanted="on" if resource.wanted == "on" else "off",
         fixed_count=resource.fixed_count,
+        scaling=_scaling(resource),
         state=ResourceState(resource.state),
         pool=resource.pool,
         reason=resource.reason,
@@ -189,6 +209,28 @@ def _view(
         places=[_place(p, heard, memory) for p in stored.places if p.resource_id == resource.resource_id],
         free_devices=[device for device in free if device.kind == resource.device_kind],
         observing_since=heard.observing_since,
+    )
+
+
+def _scaling(resource: StoredResource) -> Scaling | None:
+    """None for a fixed number without windows."""
+    if not resource.autoscaling and not resource.windows:
+        return None
+    noted: Bounds | None = None
+    if resource.min_now is not None and resource.max_now is not None:
+        noted = Bounds(
+            min_count=resource.min_now,
+            max_count=resource.max_now,
+            window=resource.window_now,
+            until=resource.bounds_until,
+        )
+    return Scaling(
+        version=resource.scaling_version,
+        min_count=resource.fixed_count if resource.min_count is None else resource.min_count,
+        max_count=resource.fixed_count if resource.max_count is None else resource.max_count,
+        idle_timeout_s=resource.idle_timeout_s,
+        windows=resource.windows,
+        noted=noted,
     )
 
 

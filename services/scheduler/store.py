@@ -16,6 +16,7 @@ from services.scheduler.actions import (
     MovePlace,
     SendStart,
     SendStop,
+    SetBounds,
     SetResource,
 )
 from services.scheduler.lease import Lease
@@ -24,7 +25,7 @@ from services.scheduler.snapshot import Decided, Stored, StoredPlace, StoredReso
 from services.scheduler.views import ResourceView
 from services.scheduler.writes import StaleView, write
 from shared.database import Connection, Database
-from shared.messages import ModelRef, NodeReport
+from shared.messages import ModelRef, NodeReport, ScalingWindow
 
 LOAD_TIMEOUT_S = (
     4.0  # below the lease, so that a slow database costs the leadership and not the watch over it
@@ -48,6 +49,8 @@ _RESOURCES = """
     )
     SELECT r.resource_id, r.team_id, r.model_type, r.option_id, r.pool, r.wanted, r.fixed_count, r.state, r.reason,
            round(extract(epoch FROM r.expected_live_at), 3)::float8 AS expected_live_at,
+           r.autoscaling, r.min_count, r.max_count, r.idle_timeout_s, r.windows, r.scaling_version, r.min_now, r.max_now,
+           r.window_now, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
            o.device_kind, o.precision, o.max_batch, o.max_context_tokens, o.kv_tokens, o.hourly_rate_nanousd,
            f.failures, extract(epoch FROM f.last_failure_at)::float8 AS last_failure_at,
            coalesce(f.last_failure, '') AS last_failure, usual.start_s::float8 AS usual_start_s
@@ -100,7 +103,7 @@ class Store:
                 places = await connection.fetch(_PLACES)
             return Stored(
                 now=now,
-                resources=[StoredResource(**dict(row)) for row in resources],
+                resources=[_resource(row) for row in resources],
                 places=[StoredPlace(**dict(row)) for row in places],
             )
 
@@ -184,6 +187,12 @@ class Store:
         return {row["resource_id"]: (row["pool"], row["deleted"]) for row in rows}
 
 
+def _resource(row: asyncpg.Record) -> StoredResource:
+    columns = dict(row)
+    windows = msgspec.json.decode(columns.pop("windows"), type=list[ScalingWindow])
+    return StoredResource(windows=windows, **columns)
+
+
 def _only_sends(action: Action, view: ResourceView) -> bool:
     """Whether the action writes nothing: a send, unless it is the first word to a draining place."""
     if isinstance(action, SendStop):
@@ -207,6 +216,8 @@ def _decision(view: ResourceView, action: Action) -> tuple[str, str] | None:
             return "give_up", action.words
         case FreePlace():
             return "free", action.words
+        case SetBounds() if action.words:
+            return "window", action.words
         case SetResource() if action.state != view.state:
             return "state", f"{view.state} → {action.state}" + (f": {action.reason}" if action.reason else "")
     return None

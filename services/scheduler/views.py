@@ -10,7 +10,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
+from shared.messages import ScalingWindow
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -89,6 +91,18 @@ class FreeDevice(Struct, frozen=True):
     kind: str
 
 
+class Scaling(Struct, frozen=True, kw_only=True):
+    """Settings that are not simply a fixed number."""
+
+    version: int
+    min_count: int
+    max_count: int
+    idle_timeout_s: float
+    windows: list[ScalingWindow] = []
+    noted: Bounds | None = None
+    """What was in force when windows were last looked at; None without windows."""
+
+
 class ResourceView(Struct, frozen=True, kw_only=True):
     """One resource with its places and the devices that it could get."""
 
@@ -101,6 +115,7 @@ class ResourceView(Struct, frozen=True, kw_only=True):
     hourly_rate_nanousd: int
     wanted: Literal["on", "off"]
     fixed_count: int
+    """In force while `scaling` is None."""
     state: ResourceState
     pool: bool = False
     reason: str = ""
@@ -115,5 +130,6 @@ class ResourceView(Struct, frozen=True, kw_only=True):
     """Median of the option's latest successful starts."""
     places: list[PlaceView] = []
     free_devices: list[FreeDevice] = []
+    scaling: Scaling | None = None
     observing_since: float | None = None
     """Since when reports could be received without a break; None while the broker is away."""

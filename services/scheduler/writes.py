@@ -15,8 +15,10 @@ from services.scheduler.actions import (
     ProveInterval,
     SendStart,
     SendStop,
+    SetBounds,
     SetResource,
 )
+from services.scheduler.scaling_store import note_bounds
 from services.scheduler.views import ResourceView
 from shared.database import Connection
 from shared.ids import new_id
@@ -92,6 +94,9 @@ async def write(connection: Connection, epoch: int, view: ResourceView, action: 
                 action.incarnation,
                 epoch,
             )
+        case SetBounds():
+            if not await note_bounds(connection, view.resource_id, action.version, action.bounds):
+                raise StaleView(f"the scaling settings of {view.resource_id} have changed")
         case SetResource():
             await connection.execute(
                 """UPDATE scheduler.resources SET state = $2, reason = $3, expected_live_at = to_timestamp($4),

@@ -29,11 +29,12 @@ from services.gateway.management.acting import (
     path_id,
     timestamp,
 )
-from services.gateway.management.bodies import CreateResource, ScaleResource, parse
+from services.gateway.management.bodies import CreateResource, ScaleResource, SetScaling, parse
 from services.gateway.management.credit import require_credit
 from services.gateway.management.idempotency import command_envelope, idempotent
 from services.gateway.management.models import base_url, url_and_snippet
 from services.gateway.management.options import option_json
+from services.gateway.management.scaling import bounds_of, command_windows, costs_more, scaling_json
 from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import Row
@@ -42,7 +43,11 @@ from shared import messages, topology
 NEWEST = 2**62
 MOST_ALARMS = 100
 _Switch = (
-    messages.TurnOnResource | messages.TurnOffResource | messages.DeleteResource | messages.ScaleResource
+    messages.TurnOnResource
+    | messages.TurnOffResource
+    | messages.DeleteResource
+    | messages.ScaleResource
+    | messages.SetScaling
 )
 
 
@@ -73,6 +78,10 @@ class Resources:
             schemas.route(
                 "PATCH", one, self.scale, MANAGE, "Set the number of GPUs", ScaleResource, {200: schemas.RESOURCE},
                 query=TEAM_QUERY,
+            ),
+            schemas.route(
+                "PUT", f"{one}/scaling", self.set_scaling, MANAGE, "Set autoscaling, bounds and windows", SetScaling,
+                {200: schemas.RESOURCE}, query=TEAM_QUERY,
             ),
             schemas.route(
                 "DELETE", one, self.delete, MANAGE, "Remove a resource that is off", answers={204: None},
@@ -140,13 +149,38 @@ class Resources:
         body = parse(await read_json(request), ScaleResource)
         row = await self._row(team, resource_id)
         is_bound_to(request, settings_tag(row))
-        if body.gpus > row["fixed_count"]:
+        if body.gpus > row["max_count"]:
             await require_credit(self._views, team.team_id)
         command = messages.ScaleResource(
             **await command_envelope(request, self._commands),
             team_id=team.team_id,
             resource_id=resource_id,
             fixed_count=body.gpus,
+        )
+        await self._change(command)
+        return await self._answer(request, team, resource_id, 200)
+
+    async def set_scaling(self, request: web.Request) -> web.Response:
+        team = await acting_team(request, self._store)
+        resource_id = path_id(request, "resource_id")
+        body = parse(await read_json(request), SetScaling)
+        least, most = bounds_of(body)
+        windows = command_windows(body)
+        row = await self._row(team, resource_id)
+        is_bound = is_bound_to(request, settings_tag(row))
+        if costs_more(row, least, most, windows):
+            await require_credit(self._views, team.team_id)
+        command = messages.SetScaling(
+            **await command_envelope(request, self._commands),
+            team_id=team.team_id,
+            resource_id=resource_id,
+            autoscaling=body.autoscaling,
+            min_count=least,
+            max_count=most,
+            idle_timeout_s=body.idle_timeout_s,
+            when_asleep=body.when_asleep,
+            windows=windows,
+            if_version=int(row["scaling_version"]) if is_bound else None,
         )
         await self._change(command)
         return await self._answer(request, team, resource_id, 200)
@@ -250,7 +284,7 @@ class Resources:
 
 def settings_tag(row: Row) -> str:
     """Return the ETag of what people set. The state moves by itself and is no part of it."""
-    text = f"{row['resource_id']}\n{row['fixed_count']}\n{row['wanted']}"
+    text = f"{row['resource_id']}\n{row['scaling_version']}\n{row['fixed_count']}\n{row['wanted']}"
     return f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
 
 
@@ -291,6 +325,7 @@ def resource_json(row: Row, places: list[Row], models: list[ModelView], base: st
             }
             for model in models
         ],
+        "scaling": scaling_json(row),
         "created_at": timestamp(row["created_at"]),
         "changed_at": timestamp(row["changed_at"]),
     }

@@ -86,13 +86,20 @@ PLACE = obj(
     place=COUNT, state=TEXT, phase=TEXT, device=TEXT, node_id=TEXT, worker_id=TEXT, granted_at=OPTIONAL_TIME,
     ready_at=OPTIONAL_TIME,
 )  # fmt: skip
+SCALING_WINDOW = obj(name=TEXT, start=TEXT, duration_minutes=COUNT, time_zone=TEXT, min=COUNT, max=COUNT)
+SCALING = obj(
+    autoscaling=FLAG, min=COUNT, max=COUNT, idle_timeout_s=COUNT, when_asleep={"enum": ["wake", "refuse"]},
+    windows=array(SCALING_WINDOW),
+    in_force=obj(min=COUNT, max=COUNT, window=OPTIONAL_TEXT, until=OPTIONAL_TIME),
+    wanted_gpus={"type": ["integer", "null"], "description": "Null while the resource is off."}, why=TEXT,
+)  # fmt: skip
 RESOURCE = obj(
     resource_id=TEXT, name=TEXT, model_type=TEXT, option=OPTION, pool=FLAG, gpus=COUNT,
     wanted={"enum": ["on", "off"]},
     state={"enum": ["off", "starting", "live", "draining", "asleep", "failed"]},
     indicator={"enum": ["grey", "green"]},
     reason=TEXT, expected_live_at=OPTIONAL_TIME, live_gpus=COUNT, places=array(PLACE),
-    models=array(obj(model_id=TEXT, name=TEXT, revision=COUNT, url=TEXT, snippet=TEXT)),
+    models=array(obj(model_id=TEXT, name=TEXT, revision=COUNT, url=TEXT, snippet=TEXT)), scaling=SCALING,
     created_at=TIME, changed_at=TIME,
 )  # fmt: skip
 RESOURCE_MODEL = obj(

@@ -1,0 +1,154 @@
+"""Scaling settings on a real database: done once, for the version they were made for, and bounds that nobody passes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from services.scheduler.actions import FreePlace, GrantPlace, SetBounds
+from services.scheduler.scaling_settings import Bounds
+from services.scheduler.snapshot import Heard, Memory, decide_all
+from services.scheduler.views import Limits
+from services.scheduler.writes import StaleView
+from shared.messages import ScaleResource, ScalingWindow, SetScaling, TurnOnResource
+from tests.integration import test_scheduler_store
+from tests.integration.test_scheduler_store import Tables
+
+tables = test_scheduler_store.tables  # a fixture
+
+ALWAYS = ScalingWindow(
+    name="always", start="* * * * *", duration_minutes=5, time_zone="UTC", min_count=1, max_count=3
+)
+
+
+async def set_scaling(tables: Tables, resource: str, **changes: Any) -> Any:
+    fields: dict[str, Any] = {
+        "team_id": "t1",
+        "resource_id": resource,
+        "autoscaling": True,
+        "min_count": 0,
+        "max_count": 2,
+        "idle_timeout_s": 900,
+        "when_asleep": "refuse",
+    }
+    return await tables.run(SetScaling, **(fields | changes))
+
+
+async def row(tables: Tables) -> dict[str, Any]:
+    found = await tables.database.fetchrow("SELECT * FROM scheduler.resources")
+    assert found is not None
+    return dict(found)
+
+
+async def shown(tables: Tables) -> dict[str, Any]:
+    found = await tables.database.fetchrow("SELECT * FROM scheduler_api.scaling_v1")
+    assert found is not None
+    return dict(found)
+
+
+async def grant(tables: Tables, place: int) -> None:
+    await tables.apply(GrantPlace(place, "n1", f"cpu:{place}", 1, "words"))
+
+
+async def test_settings_are_stored_shown_and_done_once(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    first = await set_scaling(tables, resource_id, command_id="cmd_1")
+    again = await set_scaling(tables, resource_id, command_id="cmd_1")
+    assert first.ok and again == first
+    now = await shown(tables)
+    assert (now["autoscaling"], now["min_count"], now["max_count"], now["idle_timeout_s"]) == (
+        True,
+        0,
+        2,
+        900,
+    )
+    assert (now["when_asleep"], now["scaling_version"]) == ("refuse", 2)
+    assert (now["min_now"], now["max_now"], now["window_now"], now["bounds_until"]) == (0, 2, None, None)
+    words = await tables.database.fetchrow("SELECT words FROM scheduler.decisions WHERE action = 'scaled'")
+    assert words is not None and words["words"] == "between 0 and 2 by test"
+
+
+async def test_a_fixed_number_and_the_older_command_for_it(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    await set_scaling(tables, resource_id, windows=[ALWAYS])
+    assert (await set_scaling(tables, resource_id, autoscaling=False, min_count=4, max_count=4)).ok
+    now = await shown(tables)
+    assert (now["autoscaling"], now["min_count"], now["max_count"], now["windows"]) == (False, 4, 4, "[]")
+    await set_scaling(tables, resource_id, windows=[ALWAYS])
+    assert (await tables.run(ScaleResource, team_id="t1", resource_id=resource_id, fixed_count=2)).ok
+    now = await shown(tables)
+    assert (now["autoscaling"], now["min_count"], now["max_count"]) == (False, 2, 2)
+    assert (now["min_now"], now["max_now"], now["window_now"]) == (1, 3, "always"), "the window went with it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"team_id": "t2"}, "not_found"),
+        ({"resource_id": "res_none"}, "not_found"),
+        ({"min_count": 3}, "invalid_value"),
+        ({"if_version": 7}, "precondition_failed"),
+    ],
+)
+async def test_a_refusal_changes_nothing(tables: Tables, changes: dict[str, Any], code: str) -> None:
+    resource_id = await tables.resource(count=1)
+    before = await row(tables)
+    result = await set_scaling(tables, resource_id, **changes)
+    assert (result.ok, result.code) == (False, code)
+    assert await row(tables) == before
+
+
+async def test_of_two_changes_for_one_version_one_is_done(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    results = await asyncio.gather(
+        *(set_scaling(tables, resource_id, max_count=most, if_version=1) for most in (3, 4))
+    )
+    assert sorted(result.code for result in results) == ["ok", "precondition_failed"]
+    assert (await row(tables))["scaling_version"] == 2
+
+
+async def test_the_database_bounds_the_places_by_what_is_in_force(tables: Tables) -> None:
+    resource_id = await tables.resource(count=5)
+    await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
+    await set_scaling(tables, resource_id)
+    await grant(tables, 1)
+    with pytest.raises(StaleView):
+        await grant(tables, 2)
+    await grant(tables, 0)
+    # A lowered maximum counts what is there, whatever its number: place 0 would be below it.
+    (zero,) = [place for place in await tables.places() if place.place == 0]
+    await tables.apply(FreePlace(0, zero.incarnation, None, False, "words"))
+    await set_scaling(tables, resource_id, max_count=1)
+    with pytest.raises(StaleView):
+        await grant(tables, 0)
+
+
+async def test_an_open_window_bounds_the_places_until_its_end(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
+    await set_scaling(tables, resource_id, windows=[ALWAYS])
+    await grant(tables, 2)
+    async with tables.database.transaction() as connection:
+        await connection.execute("UPDATE scheduler.resources SET bounds_until = now() - interval '1 second'")
+    with pytest.raises(StaleView):
+        await grant(tables, 0)
+    # The leader finds the turn, stores it, and what it grants in the same look counts by it.
+    stored = await tables.store.load()
+    (decided,) = decide_all(stored, Heard({}, {}, stored.now), Memory(), Limits())
+    (turn,) = [action for action in decided.actions if isinstance(action, SetBounds)]
+    assert turn.words == ""
+    await tables.apply(turn, GrantPlace(0, "n1", "cpu:0", 1, "words"))
+    assert sorted(place.place for place in await tables.places()) == [0, 2]
+
+
+async def test_a_turn_that_was_found_before_the_settings_changed_is_not_stored(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
+    await set_scaling(tables, resource_id, windows=[ALWAYS])
+    wide = Bounds(min_count=0, max_count=64, until=time.time() + 60)
+    with pytest.raises(StaleView):
+        await tables.apply(SetBounds(1, wide, "words"))
+    assert (await shown(tables))["max_now"] == 3
