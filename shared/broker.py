@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +204,23 @@ class Broker:
         """Return the number of ready messages. Raises `Unavailable`; a missing queue is declared and counts 0."""
         declared = await self._declare_on(self._declaring, queue)
         return int(declared.declaration_result.message_count or 0)
+
+    async def ready_messages(self, queue_names: Sequence[str]) -> dict[str, int]:
+        """Return how many messages are ready in each queue; 0 for one that does not exist. Raises `Unavailable`."""
+        counts = dict.fromkeys(queue_names, 0)
+        async with AsyncExitStack() as stack, _in_time("cannot count messages"):
+            channel: aio_pika.abc.AbstractChannel | None = None
+            for name in queue_names:
+                if channel is None:
+                    channel = await self._publishing.channel()
+                    stack.push_async_callback(_close_channel, channel)
+                try:
+                    queue = await channel.declare_queue(name, passive=True)
+                except ChannelNotFoundEntity:
+                    channel = None  # the broker closes it for a queue that is missing
+                else:
+                    counts[name] = int(queue.declaration_result.message_count or 0)
+        return counts
 
     async def delete(self, queue: topology.Queue) -> None:
         """Delete a queue with what is in it. Idempotent. Raises `Unavailable`."""

@@ -585,6 +585,15 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     history: list[ModelHistory] = []
     """Bounded, those that changed last first: whoever reads it keeps what it was told of the others."""
     detail: str = ""
+    running_sequences: int = 0
+    waiting_jobs: int = 0
+    """Held ones that do not run: not begun, or paused."""
+    completion_tokens: int = 0
+    """This and what follows counts from the worker's start."""
+    prompt_tokens: int = 0
+    left_jobs: int = 0
+    stream_s: float = 0.0
+    """Seconds that sequences ran, summed over sequences."""
 
 
 class ModelDamaged(Message, frozen=True, tag="worker.model_damaged.v1"):

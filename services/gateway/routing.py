@@ -59,11 +59,12 @@ def _refusal(resource: ResourceView, now_unix_s: float) -> ApiError | None:
 
     1. Not wanted on (off, or draining to off) -> 409, and no retry: only a person turns it on.
     2. A worker is ready -> takes work, also while the rest starts or drains.
-    3. Asleep (on, with no GPUs) -> 409, and no retry: only a person gives it some.
-    4. Failed -> 503 with the reason: the scheduler goes on trying.
-    5. Expected live within `HOLD_S` -> takes work, which waits in the queue. A start that is overdue by less
+    3. Failed -> 503 with the reason: the scheduler goes on trying.
+    4. Woken by requests -> takes work, which waits in the queue until a worker has started or its deadline is over.
+    5. Asleep otherwise (on, with no GPUs) -> 409, and no retry: only a person, or a window in time, gives it some.
+    6. Expected live within `HOLD_S` -> takes work, which waits in the queue. A start that is overdue by less
        than that counts too: it may be over at any moment.
-    6. Otherwise starting -> 503, to come back when it is expected.
+    7. Otherwise starting -> 503, to come back when it is expected.
     """
     if resource.wanted != "on":  # 1
         return must_not_retry(
@@ -71,17 +72,19 @@ def _refusal(resource: ResourceView, now_unix_s: float) -> ApiError | None:
         )
     if resource.state == "live" or resource.live_count > 0:  # 2
         return None
-    if resource.state == "asleep":  # 3
-        message = "The resource is on but has no GPUs. Scale it up to use its models."
-        return must_not_retry(ApiError(409, "resource_off", message))
-    if resource.state == "failed":  # 4
+    if resource.state == "failed":  # 3
         why = f": {resource.reason}" if resource.reason else "."
         message = f"The resource could not be started{why}"[:300]
         return ApiError(503, "resource_failed", message, retry_after_s=FAILED_RETRY_S)
+    if resource.wakes:  # 4
+        return None
+    if resource.state == "asleep":  # 5
+        message = "The resource is on but has no GPUs, and its settings do not wake it for a request."
+        return must_not_retry(ApiError(409, "resource_asleep", message))
     wait_s = float(UNKNOWN_START_S)
     if resource.expected_live_unix_s is not None:
         wait_s = resource.expected_live_unix_s - now_unix_s
-        if -HOLD_S <= wait_s <= HOLD_S:  # 5
+        if -HOLD_S <= wait_s <= HOLD_S:  # 6
             return None
     retry_after_s = math.ceil(min(max(wait_s, 1.0), MAX_RETRY_AFTER_S))
-    return ApiError(503, "resource_starting", "The resource is starting.", retry_after_s=retry_after_s)  # 6
+    return ApiError(503, "resource_starting", "The resource is starting.", retry_after_s=retry_after_s)  # 7

@@ -56,8 +56,10 @@ class Views:
         rows = await self._database.fetch(
             "SELECT resource_id, team_id, model_type, pool, wanted, state, live_count, max_context_tokens, reason,"
             " extract(epoch FROM expected_live_at)::float8 AS expected_live_unix_s,"
-            " extract(epoch FROM created_at)::float8 AS created_unix_s"
-            " FROM scheduler_api.resources_v1 WHERE deleted_at IS NULL"
+            " extract(epoch FROM created_at)::float8 AS created_unix_s,"
+            " when_asleep = 'wake' AND min_now = 0 AND max_now > 0 AS wakes"
+            " FROM scheduler_api.resources_v1 JOIN scheduler_api.scaling_v1 USING (resource_id)"
+            " WHERE deleted_at IS NULL"
         )
         return [ResourceView(**dict(row)) for row in rows]
 

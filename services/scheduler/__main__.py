@@ -14,7 +14,9 @@ from services.scheduler.handlers import CommandHandler, ReportListener
 from services.scheduler.leader import Leader
 from services.scheduler.lease import Lease
 from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.queue_depths import QueueDepths
 from services.scheduler.residency_keeper import ResidencyKeeper
+from services.scheduler.scaling_keeper import ScalingKeeper
 from services.scheduler.settings import SchedulerSettings
 from services.scheduler.store import Store
 from shared import topology
@@ -39,7 +41,11 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     lease = Lease(database, instance_id, settings.lease_s)
     metrics = SchedulerMetrics(lambda: lease.is_leader)
     store, residency = Store(database, lease), ResidencyKeeper(database, lease)
-    leader = Leader(broker, store, residency, lease, fleet, settings.limits, metrics, settings.tick_s)
+    depths = QueueDepths(broker, fleet.changed)
+    scaling = ScalingKeeper(depths)
+    leader = Leader(
+        broker, store, residency, scaling, lease, fleet, settings.limits, metrics, settings.tick_s
+    )
     commands = CommandHandler(broker, Desired(database, partial(_declare_job_queues, broker)), fleet.changed)
 
     await broker.subscribe(
@@ -55,6 +61,7 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     )
     life.group.create_task(broker.consume(topology.ALARMS, Alarm, AlarmKeeper(database).on_alarm))
     life.group.create_task(DeadLetterKeeper(broker, database).run())
+    life.group.create_task(depths.run())
     leading = life.group.create_task(leader.run())
     life.started()
     await life.stopping.wait()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.scheduler.load_meter import Measured
+from services.scheduler.scaling_policy import ScalingMemory
 from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
 
@@ -126,6 +128,20 @@ class SetBounds:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteScaling:
+    """How many workers autoscaling wants now. Remembered by the leader at each look.
+
+    note: stored too, for display and for the next leader; record: with all that it was decided from.
+    """
+
+    memory: ScalingMemory
+    measured: Measured | None
+    words: str
+    note: bool
+    record: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SetResource:
     state: ResourceState
     reason: str
@@ -145,5 +161,6 @@ Action = (
     | GiveUpStart
     | FreePlace
     | SetBounds
+    | NoteScaling
     | SetResource
 )

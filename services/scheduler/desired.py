@@ -213,7 +213,9 @@ async def _want(connection: Connection, command: TurnOnResource | TurnOffResourc
     if row["wanted"] == wanted:
         return
     await connection.execute(
-        "UPDATE scheduler.resources SET wanted = $2 WHERE resource_id = $1", command.resource_id, wanted
+        "UPDATE scheduler.resources SET wanted = $2, wanted_count = NULL, wanted_why = '' WHERE resource_id = $1",
+        command.resource_id,
+        wanted,
     )
     # Failed starts before this are forgiven: the reconciler counts them from the latest "turned_on".
     await _note(connection, command.resource_id, f"turned_{wanted}", f"turned {wanted}", command)

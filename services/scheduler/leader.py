@@ -11,12 +11,21 @@ import time
 
 import structlog
 
-from services.scheduler.actions import Action, FreePlace, NotePlace, ProveInterval, SendStart, SendStop
+from services.scheduler.actions import (
+    Action,
+    FreePlace,
+    NotePlace,
+    NoteScaling,
+    ProveInterval,
+    SendStart,
+    SendStop,
+)
 from services.scheduler.fleet import Fleet, Watch
 from services.scheduler.handlers import delete_job_queues
 from services.scheduler.lease import Fenced, Lease
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.residency_keeper import ResidencyKeeper
+from services.scheduler.scaling_keeper import ScalingKeeper
 from services.scheduler.snapshot import (
     Decided,
     Heard,
@@ -51,6 +60,7 @@ class Leader:
         broker: Broker,
         store: Store,
         residency: ResidencyKeeper,
+        scaling: ScalingKeeper,
         lease: Lease,
         fleet: Fleet,
         limits: Limits,
@@ -60,6 +70,7 @@ class Leader:
         self._broker = broker
         self._store = store
         self._residency = residency
+        self._scaling = scaling
         self._lease = lease
         self._fleet = fleet
         self._limits = limits
@@ -82,6 +93,8 @@ class Leader:
             try:
                 if await self._lease.ensure():
                     await self._lead()
+                else:
+                    self._scaling.forget()
                 self._forget_silent()
             except Fenced as error:
                 log.warning("write_refused", fence=str(error))
@@ -135,7 +148,8 @@ class Leader:
             workers={k: (v.report, v.heard_at + shift_s) for k, v in workers.items()},
             observing_since=None if since_s is None else since_s + shift_s,
         )
-        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at)
+        scaling = self._scaling.states(stored, heard)
+        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at, scaling)
         changed = False
         for decided in decide_all(stored, heard, memory, self._limits):
             changed |= await self._act(decided, stored.now)
@@ -176,6 +190,8 @@ class Leader:
                     await self._send_start(decided.resource, places[action.incarnation], now)
                 case SendStop():
                     await self._send_stop(action, now)
+                case NoteScaling():
+                    self._scaling.remember(resource_id, action, now)
                 case FreePlace() if action.unexpected:
                     self._last_exit_at[resource_id] = now
         return any(_calls_for_another_look(action) for action in decided.actions)
@@ -241,7 +257,7 @@ class Leader:
 
 def _calls_for_another_look(action: Action) -> bool:
     """Whether the action makes a new state from which more may follow."""
-    return not isinstance(action, NotePlace | ProveInterval | SendStart | SendStop)
+    return not isinstance(action, NotePlace | NoteScaling | ProveInterval | SendStart | SendStop)
 
 
 def _unix_ms_in(seconds: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from services.scheduler.actions import Action, NotePlace, ProveInterval
+from services.scheduler.actions import Action, NotePlace, NoteScaling, ProveInterval
 from services.scheduler.snapshot import Stored
 from services.scheduler.states import PlaceState
 from shared import telemetry
@@ -42,7 +42,7 @@ class SchedulerMetrics:
 
     def decided(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if not isinstance(action, NotePlace | ProveInterval):
+            if not isinstance(action, NotePlace | NoteScaling | ProveInterval):
                 self._decisions.add(1, {"action": type(action).__name__})
 
     def failed(self, cause: str) -> None:

@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from services.scheduler.actions import Action, FreePlace, GrantPlace, SetBounds, SetResource
+from services.scheduler.actions import Action, FreePlace, GrantPlace, NoteScaling, SetBounds, SetResource
 from services.scheduler.place_rules import is_fresh, look_at_place, move, node_answers, stop_of
+from services.scheduler.scaling_policy import ScalingDecision, Supply, decide_count
 from services.scheduler.scaling_settings import Bounds, bounds_at
 from services.scheduler.states import PlaceState, ResourceState, advance_resource, next_towards
 from services.scheduler.views import FreeDevice, Limits, PlaceView, ResourceView
 
+SCALING_NOTED_EVERY_S = 15.0
+SCALING_RECORDED_EVERY_S = 300.0
 HOLDING = "holding: the scheduler cannot reach the message broker"
 
 
@@ -35,7 +38,7 @@ def reconcile(view: ResourceView) -> list[Action]:
     turned = _turn_of_windows(view)
     if view.observing_since is None:
         return [*turned, *_hold(view)]
-    actions: list[Action] = [*turned]
+    actions: list[Action] = [*turned, *_scaling(view)]
     places: list[PlaceView] = []
     for place in sorted(view.places, key=lambda p: p.place):
         looked = look_at_place(view, place)
@@ -74,8 +77,60 @@ def reconcile(view: ResourceView) -> list[Action]:
 
 
 def wanted_count(view: ResourceView) -> int:
-    """How many replicas the resource should have now: none while it is off, else at least the minimum in force."""
-    return bounds_in_force(view).min_count if view.wanted == "on" else 0
+    """How many replicas the resource should have now.
+
+    1. None while it is off. 2. The number itself where minimum and maximum in force are one. 3. Else by its load
+    (`scaling_policy`), within them.
+    """
+    if view.wanted == "off":
+        return 0
+    decision = scaling_decision(view)
+    return bounds_in_force(view).min_count if decision is None else decision.wanted
+
+
+def scaling_decision(view: ResourceView) -> ScalingDecision | None:
+    """What autoscaling wants; None where there is nothing for it to decide."""
+    bounds = bounds_in_force(view)
+    if view.scaling is None or view.wanted == "off" or bounds.min_count == bounds.max_count:
+        return None
+    supply = Supply(
+        ready_workers=sum(place.state == PlaceState.READY for place in view.places),
+        starting_ages_s=[
+            view.now - place.granted_at for place in view.places if place.state == PlaceState.STARTING
+        ],
+        max_batch=view.max_batch,
+        start_s=usual_start_s(view),
+    )
+    scaling = view.scaling
+    return decide_count(
+        scaling.load,
+        supply,
+        (bounds.min_count, bounds.max_count),
+        scaling.idle_timeout_s,
+        scaling.memory,
+        view.now,
+        view.limits.scaling,
+    )
+
+
+def usual_start_s(view: ResourceView) -> float:
+    """How long a start takes, by how long such starts took."""
+    if view.usual_start_s is not None:
+        return view.usual_start_s
+    return view.limits.usual_start_cuda_s if view.device_kind == "cuda" else view.limits.usual_start_cpu_s
+
+
+def _scaling(view: ResourceView) -> list[NoteScaling]:
+    decision, scaling = scaling_decision(view), view.scaling
+    if decision is None or scaling is None:
+        return []
+    before, after = scaling.memory.wanted, decision.wanted
+    record = after != before or view.now - scaling.recorded_at >= SCALING_RECORDED_EVERY_S
+    note = record or view.now - scaling.noted_at >= SCALING_NOTED_EVERY_S
+    words = (
+        f"{before} → {after} wanted: {decision.why}" if after != before else f"{after} wanted: {decision.why}"
+    )
+    return [NoteScaling(decision.memory, scaling.measured, words, note, record)]
 
 
 def bounds_in_force(view: ResourceView) -> Bounds:
@@ -232,17 +287,13 @@ def _expected_live_at(
     view: ResourceView, places: Sequence[PlaceView], actions: Sequence[Action]
 ) -> float | None:
     """When the first worker should be ready, by how long such starts took; None while nothing is on its way."""
-    fallback_s = (
-        view.limits.usual_start_cuda_s if view.device_kind == "cuda" else view.limits.usual_start_cpu_s
-    )
-    usual_s = view.usual_start_s if view.usual_start_s is not None else fallback_s
     granted = [place.granted_at for place in places if place.state == PlaceState.STARTING]
     if not granted and any(isinstance(action, GrantPlace) for action in actions):
         granted = [view.now]
     start_at = next_start_at(view)
     if not granted and start_at > view.now:
         granted = [start_at]
-    return round(min(granted) + usual_s, 3) if granted else None
+    return round(min(granted) + usual_start_s(view), 3) if granted else None
 
 
 def _reason(view: ResourceView, places: Sequence[PlaceView], state: ResourceState, waiting: str) -> str:

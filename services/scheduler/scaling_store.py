@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from services.scheduler.actions import NoteScaling
 from services.scheduler.scaling_settings import Bounds, bounds_at
 from shared.database import Connection
 from shared.messages import ScaleResource, ScalingWindow, SetScaling
@@ -87,3 +88,18 @@ async def note_bounds(connection: Connection, resource_id: str, version: int, bo
         bounds.until,
     )
     return bool(done == "UPDATE 1")
+
+
+async def note_scaling(connection: Connection, resource_id: str, scaling: NoteScaling) -> None:
+    """Store what autoscaling wants and what it has learned. Nothing of a resource that was turned off meanwhile."""
+    measured = scaling.measured
+    await connection.execute(
+        """UPDATE scheduler.resources SET wanted_count = $2, wanted_why = $3,
+               job_tokens = coalesce($4, job_tokens), worker_tokens_per_s = coalesce($5, worker_tokens_per_s)
+           WHERE resource_id = $1 AND wanted = 'on'""",
+        resource_id,
+        scaling.memory.wanted,
+        scaling.words[:500],
+        measured.job_tokens if measured is not None else None,
+        measured.worker_tokens_per_s if measured is not None else None,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from services.scheduler.scaling_policy import Tuning
 from services.scheduler.views import Limits
 from shared.settings import CommonSettings, SettingsError, env
 
@@ -19,6 +20,8 @@ class SchedulerSettings(CommonSettings):
     """A large model on a cold disk takes minutes; a worker that takes longer is given up."""
     lost_after_s: float = env("ROUNDHOUSE_LOST_AFTER_S", 8.0, low=2.0, high=300.0)
     """Eight missed reports: longer than a loaded host stalls a process, shorter than a client waits."""
+    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 300.0, low=1.0, high=3600.0)
+    """Autoscaling goes down to the highest need of so long: what `loadtest.scaling` found."""
     drain_grace_s: float = env("ROUNDHOUSE_DRAIN_GRACE_S", 900.0, low=1.0, high=7200.0)
     """A drain cuts no job, so this is longer than any job's deadline."""
 
@@ -32,4 +35,5 @@ class SchedulerSettings(CommonSettings):
             start_timeout_s=self.start_timeout_s,
             lost_after_s=self.lost_after_s,
             drain_grace_s=self.drain_grace_s,
+            scaling=Tuning(down_window_s=self.scale_down_s),
         )

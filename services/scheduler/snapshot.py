@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from services.scheduler.actions import Action, GrantPlace, SendStop
+from services.scheduler.load_meter import Measured
 from services.scheduler.reconcile import reconcile
+from services.scheduler.scaling_policy import Load, ScalingMemory
 from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
 from services.scheduler.views import (
@@ -56,6 +59,9 @@ class StoredResource(Struct, frozen=True, kw_only=True):
     max_now: int | None = None
     window_now: str | None = None
     bounds_until: float | None = None
+    wanted_count: int | None = None
+    job_tokens: float | None = None
+    worker_tokens_per_s: float | None = None
 
 
 class StoredPlace(Struct, frozen=True, kw_only=True):
@@ -95,12 +101,25 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingState:
+    """Of one autoscaled resource."""
+
+    load: Load
+    measured: Measured | None
+    memory: ScalingMemory
+    noted_at: float
+    recorded_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """What one scheduler remembers of its own doing; lost with it, and then things are merely said once more."""
 
     start_sent_at: Mapping[str, float] = field(default_factory=dict)
     stop_sent_at: Mapping[str, float] = field(default_factory=dict)
     last_exit_at: Mapping[str, float] = field(default_factory=dict)
+    scaling: Mapping[str, ScalingState] = field(default_factory=dict)
+    """What was measured of each autoscaled resource, and what was decided before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +212,11 @@ def _view(
         option_id=resource.option_id,
         device_kind=resource.device_kind,
         # A shared pool is paid per token: nobody is billed for its minutes.
+        max_batch=resource.max_batch,
         hourly_rate_nanousd=0 if resource.pool else resource.hourly_rate_nanousd,
         wanted="on" if resource.wanted == "on" else "off",
         fixed_count=resource.fixed_count,
-        scaling=_scaling(resource),
+        scaling=_scaling(resource, memory.scaling.get(resource.resource_id)),
         state=ResourceState(resource.state),
         pool=resource.pool,
         reason=resource.reason,
@@ -212,7 +232,7 @@ def _view(
     )
 
 
-def _scaling(resource: StoredResource) -> Scaling | None:
+def _scaling(resource: StoredResource, state: ScalingState | None) -> Scaling | None:
     """None for a fixed number without windows."""
     if not resource.autoscaling and not resource.windows:
         return None
@@ -224,13 +244,23 @@ def _scaling(resource: StoredResource) -> Scaling | None:
             window=resource.window_now,
             until=resource.bounds_until,
         )
-    return Scaling(
+    scaling = Scaling(
         version=resource.scaling_version,
         min_count=resource.fixed_count if resource.min_count is None else resource.min_count,
         max_count=resource.fixed_count if resource.max_count is None else resource.max_count,
         idle_timeout_s=resource.idle_timeout_s,
         windows=resource.windows,
         noted=noted,
+    )
+    if state is None:
+        return scaling
+    return replace(
+        scaling,
+        load=state.load,
+        measured=state.measured,
+        memory=state.memory,
+        noted_at=state.noted_at,
+        recorded_at=state.recorded_at,
     )
 
 

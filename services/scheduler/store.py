@@ -14,6 +14,7 @@ from services.scheduler.actions import (
     GrantPlace,
     MarkReady,
     MovePlace,
+    NoteScaling,
     SendStart,
     SendStop,
     SetBounds,
@@ -50,7 +51,7 @@ _RESOURCES = """
     SELECT r.resource_id, r.team_id, r.model_type, r.option_id, r.pool, r.wanted, r.fixed_count, r.state, r.reason,
            round(extract(epoch FROM r.expected_live_at), 3)::float8 AS expected_live_at,
            r.autoscaling, r.min_count, r.max_count, r.idle_timeout_s, r.windows, r.scaling_version, r.min_now, r.max_now,
-           r.window_now, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
+           r.window_now, r.wanted_count, r.job_tokens, r.worker_tokens_per_s, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
            o.device_kind, o.precision, o.max_batch, o.max_context_tokens, o.kv_tokens, o.hourly_rate_nanousd,
            f.failures, extract(epoch FROM f.last_failure_at)::float8 AS last_failure_at,
            coalesce(f.last_failure, '') AS last_failure, usual.start_s::float8 AS usual_start_s
@@ -126,7 +127,7 @@ class Store:
                 inputs = msgspec.json.encode(decided.view).decode()
                 for action in writes:
                     await write(connection, epoch, decided.view, action)
-                    words = _decision(decided.view, action)
+                    words = decision_of(decided.view, action)
                     if words is not None:
                         await connection.execute(
                             """INSERT INTO scheduler.decisions (resource_id, action, words, inputs)
@@ -200,10 +201,10 @@ def _only_sends(action: Action, view: ResourceView) -> bool:
             p.incarnation == action.incarnation and p.drain_sent_at is None and action.drain
             for p in view.places
         )
-    return isinstance(action, SendStart)
+    return isinstance(action, SendStart) or (isinstance(action, NoteScaling) and not action.note)
 
 
-def _decision(view: ResourceView, action: Action) -> tuple[str, str] | None:
+def decision_of(view: ResourceView, action: Action) -> tuple[str, str] | None:
     """The name and the words under which the action is remembered; None for mere bookkeeping."""
     match action:
         case GrantPlace():
@@ -216,6 +217,8 @@ def _decision(view: ResourceView, action: Action) -> tuple[str, str] | None:
             return "give_up", action.words
         case FreePlace():
             return "free", action.words
+        case NoteScaling() if action.record:
+            return "scaling", action.words
         case SetBounds() if action.words:
             return "window", action.words
         case SetResource() if action.state != view.state:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from services.scheduler.load_meter import Measured
+from services.scheduler.scaling_policy import TUNING, Load, ScalingMemory, Tuning
 from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
 from shared.messages import ScalingWindow
@@ -38,6 +40,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """A longer silence between two reports is not billed: the interval ends before it."""
     usual_start_cpu_s: float = 20.0
     usual_start_cuda_s: float = 60.0
+    scaling: Tuning = TUNING
 
 
 class ProcessSeen(Struct, frozen=True, kw_only=True):
@@ -101,6 +104,13 @@ class Scaling(Struct, frozen=True, kw_only=True):
     windows: list[ScalingWindow] = []
     noted: Bounds | None = None
     """What was in force when windows were last looked at; None without windows."""
+    load: Load = Load()
+    measured: Measured | None = None
+    memory: ScalingMemory = ScalingMemory(wanted=0, busy_at=0.0)
+    noted_at: float = 0.0
+    """When the count and its reason were last stored."""
+    recorded_at: float = 0.0
+    """When they were last stored with all that they were decided from."""
 
 
 class ResourceView(Struct, frozen=True, kw_only=True):
@@ -113,6 +123,7 @@ class ResourceView(Struct, frozen=True, kw_only=True):
     option_id: str
     device_kind: str
     hourly_rate_nanousd: int
+    max_batch: int = 1
     wanted: Literal["on", "off"]
     fixed_count: int
     """In force while `scaling` is None."""

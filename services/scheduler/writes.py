@@ -12,13 +12,14 @@ from services.scheduler.actions import (
     MarkReady,
     MovePlace,
     NotePlace,
+    NoteScaling,
     ProveInterval,
     SendStart,
     SendStop,
     SetBounds,
     SetResource,
 )
-from services.scheduler.scaling_store import note_bounds
+from services.scheduler.scaling_store import note_bounds, note_scaling
 from services.scheduler.views import ResourceView
 from shared.database import Connection
 from shared.ids import new_id
@@ -97,6 +98,8 @@ async def write(connection: Connection, epoch: int, view: ResourceView, action: 
         case SetBounds():
             if not await note_bounds(connection, view.resource_id, action.version, action.bounds):
                 raise StaleView(f"the scaling settings of {view.resource_id} have changed")
+        case NoteScaling():
+            await note_scaling(connection, view.resource_id, action)
         case SetResource():
             await connection.execute(
                 """UPDATE scheduler.resources SET state = $2, reason = $3, expected_live_at = to_timestamp($4),

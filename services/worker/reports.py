@@ -11,6 +11,7 @@ import structlog
 
 from services.worker.held import Held, HeldState
 from services.worker.residency import Residency
+from services.worker.work_counters import WorkCounters
 from shared.broker import Broker
 from shared.messages import WorkerPhase, WorkerReport, WorkerSpec
 from shared.outcomes import Unavailable
@@ -39,6 +40,7 @@ class Reporter:
         self._now = asyncio.Event()
         self._tokens = 0
         self._tokens_per_s = 0.0
+        self.counters = WorkCounters()
         self.phase: WorkerPhase = "starting"
 
     def enter(self, phase: WorkerPhase) -> None:
@@ -48,6 +50,12 @@ class Reporter:
 
     def generated(self, tokens: int) -> None:
         self._tokens += tokens
+        self.counters.completion_tokens += tokens
+
+    def runs_changed(self) -> None:
+        """Some job began to run, or stopped."""
+        sequences = sum(each.places for each in self._held() if each.state is HeldState.RUNNING)
+        self.counters.run(sequences, time.monotonic())
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -65,6 +73,8 @@ class Reporter:
 
     async def report(self) -> None:
         """Send one report; while the broker is away there is nobody to read it."""
+        self.runs_changed()
+        counters = self.counters
         held = self._held()
         running = [each for each in held if each.state in (HeldState.RUNNING, HeldState.PAUSED)]
         report = WorkerReport(
@@ -78,6 +88,12 @@ class Reporter:
             held_jobs=len(held),
             remaining_tokens=sum(each.remaining_tokens() for each in running),
             tokens_per_s=round(self._tokens_per_s, 3),
+            running_sequences=counters.sequences,
+            waiting_jobs=sum(each.state not in (HeldState.RUNNING, HeldState.FINISHING) for each in held),
+            completion_tokens=counters.completion_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            left_jobs=counters.left_jobs,
+            stream_s=round(counters.stream_s, 3),
             models=self._residency.report(),
             history=self._residency.history.report(),
         )

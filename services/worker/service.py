@@ -251,6 +251,7 @@ class Worker:
             # Our connection was lost and the broker delivered again, or a second copy exists: same job, same run.
             held.deliveries.append(delivery)
         elif job.deadline_unix_ms <= time.time() * 1000:
+            self._reporter.counters.left_jobs += 1
             self._group.create_task(delivery.ack())
         else:
             span = telemetry.start_span_under(
@@ -501,11 +502,13 @@ class Worker:
             self._lane_tokens[held.lane] = self._lane_tokens.get(held.lane, 0) + held.job.input_token_count
         for request in first_requests(held):
             self._engine.add(request)
+        self._reporter.runs_changed()
 
     def _pause(self, held: Held) -> None:
         """Its sequences leave the engine before the next step; `_start` goes on from the tokens that were published."""
         self._stop_sequences(held)
         held.pause()
+        self._reporter.runs_changed()
         self._residency.touch(held.model)
         log.info("job_paused", job_id=held.job.job_id, model_id=held.model[0], pauses=held.pauses)
 
@@ -571,6 +574,7 @@ class Worker:
 
     def _count(self, report: StepReport) -> None:
         labels = {"model_type": self.spec.model_type}
+        self._reporter.counters.prompt_tokens += report.prefill_tokens
         if report.prefill_tokens:
             self._tokens_counter.add(report.prefill_tokens, {**labels, "direction": "input"})
         if report.decode_tokens:
@@ -587,6 +591,7 @@ class Worker:
         if held.state is HeldState.FINISHING:
             return
         held.state = HeldState.FINISHING
+        self._reporter.runs_changed()
         self._residency.touch(held.model)
         self._attempts_counter.add(1, {"outcome": outcome, "model_type": self.spec.model_type})
         self._group.create_task(self._finish(held, outcome, code, message))
@@ -630,6 +635,8 @@ class Worker:
     async def _release(self, held: Held) -> None:
         """Ack every copy. The job is not remembered: a late copy is claimed again, and its owner knows best."""
         self._forget(held)
+        self._reporter.counters.left_jobs += 1
+        self._reporter.runs_changed()
         for delivery in held.deliveries:
             await delivery.ack()
 

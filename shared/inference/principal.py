@@ -75,6 +75,8 @@ class ResourceView:
     created_unix_s: float
     reason: str = ""
     """Why it is in this state, for people; filled for failures."""
+    wakes: bool = False
+    """It may have no GPU for want of work, and is to be woken by a request, which waits meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

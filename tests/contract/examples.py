@@ -363,5 +363,11 @@ EXAMPLES: tuple[Message, ...] = (
             )
         ],
         detail="one model could not be loaded",
+        running_sequences=5,
+        waiting_jobs=2,
+        completion_tokens=90_000,
+        prompt_tokens=400_000,
+        left_jobs=321,
+        stream_s=4567.25,
     ),
 )

@@ -44,6 +44,10 @@ ROUTES = [
     ("nearly there", TEAM, [starting_in(HOLD_S)], ("res_own", "resource")),
     ("a little overdue", TEAM, [starting_in(-5)], ("res_own", "resource")),
     ("one ready while the second starts", TEAM, [replace(STARTING, live_count=1)], ("res_own", "resource")),
+    ("asleep, woken by requests", TEAM, [replace(STARTING, state="asleep", wakes=True)], ("res_own", "resource")),
+    ("waking, far off", TEAM, [replace(starting_in(300), wakes=True)], ("res_own", "resource")),
+    ("falling asleep", TEAM, [replace(STARTING, state="draining", wakes=True)], ("res_own", "resource")),
+    ("turned on a moment ago", TEAM, [replace(OFF, wanted="on", wakes=True)], ("res_own", "resource")),
     ("draining back to on", TEAM, [replace(LIVE, state="draining")], ("res_own", "resource")),
 ]  # fmt: skip
 
@@ -63,7 +67,9 @@ REFUSALS = [
     ("off, fallback but no pool", FALLBACK, [OFF], 409, "resource_off", None),
     ("off, fallback but the pool is off too", FALLBACK, [OFF, replace(POOL, wanted="off")], 409, "resource_off", None),
     ("draining to off", TEAM, [replace(LIVE, wanted="off", state="draining")], 409, "resource_off", None),
-    ("asleep", TEAM, [replace(LIVE, state="asleep", live_count=0)], 409, "resource_off", None),
+    ("asleep", TEAM, [replace(LIVE, state="asleep", live_count=0)], 409, "resource_asleep", None),
+    ("woken by requests, and its starts fail", TEAM, [replace(LIVE, state="failed", live_count=0, wakes=True)], 503, "resource_failed", "60"),
+    ("woken by requests, and off", TEAM, [replace(OFF, wakes=True)], 409, "resource_off", None),
     ("first one off, second live", TEAM, [OFF, make_resource("res_2", created_unix_s=200.0)], 409, "resource_off", None),
     ("starting, unknown when", TEAM, [starting_in(None)], 503, "resource_starting", "30"),
     ("starting, far off", TEAM, [starting_in(120.5)], 503, "resource_starting", "121"),

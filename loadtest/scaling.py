@@ -1,0 +1,163 @@
+"""Autoscaling against KEDA's rule, Ray Serve's and fixed counts, in a model of workers under real and made-up load.
+
+Our side is the scheduler's own code. Every rule is tried with many settings; what is compared is its frontier: the GPU-hours
+that it needs for at most a share of requests whose whole answer takes longer than 20 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.chart import Line, Panel, write_png
+from loadtest.report import Row, print_table, write_json
+from loadtest.scaling_rules import Fixed, Keda, Ours, RayServe
+from loadtest.scaling_simulation import Arrival, Machine, Outcome, Scaler, World
+from loadtest.scaling_traces import HOUR_S, TRACES
+from services.scheduler.scaling_policy import TUNING, Tuning
+
+LIMIT_S = 20.0
+STARTS_S = (60.0, 300.0)
+MOST = 16
+LEAST = (1, 4, 6, 8)
+TARGETS = (3.0, 4.0, 6.0, 8.0, 12.0)
+UTILISATIONS = (0.9, 2.0)
+WINDOWS_S = (300.0, 600.0)
+DRAINS_S = (100.0,)
+MISSES = (0.002, 0.01, 0.03)
+"""Shares of late requests at which hours are compared."""
+FLOOR, TARGET = 1.0, 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One setting of one rule: what it cost, and how many requests were late."""
+
+    setting: str
+    hours: float
+    late: float
+
+
+def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
+    """All settings of a rule that are tried: (name, the rule, workers at the beginning)."""
+    if rule == "fixed":
+        yield from ((str(count), Fixed(count), count) for count in range(1, MOST + 1))
+        return
+    for least in LEAST:
+        bounds = (least, MOST)
+        match rule:
+            case "keda":
+                yield from ((f"min {least}, target {t:g}", Keda(bounds, t), least) for t in TARGETS)
+            case "ray":
+                yield from ((f"min {least}, target {t:g}", RayServe(bounds, t), least) for t in TARGETS)
+            case "ours":
+                for tuning in tunings():
+                    name = (
+                        f"min {least}, {tuning.utilisation:g}, {tuning.down_window_s:g} s,"
+                        f" {tuning.drain_target_s:g} s"
+                    )
+                    yield name, Ours(bounds, tuning), least
+    if rule == "ours":
+        # Equal bounds are a fixed number: a setting like any other.
+        yield from ((f"min and max {n}", Ours((n, n), TUNING), n) for n in range(1, MOST + 1))
+
+
+def tunings() -> Iterator[Tuning]:
+    for utilisation in UTILISATIONS:
+        for window_s in WINDOWS_S:
+            for drain_s in DRAINS_S:
+                yield Tuning(utilisation=utilisation, down_window_s=window_s, drain_target_s=drain_s)
+
+
+def play(arrivals: Sequence[Arrival], start_s: float, scaler: Scaler, initially: int) -> Outcome:
+    return World(Machine(start_s=start_s), arrivals).run(scaler, initially, HOUR_S)
+
+
+def try_all(arrivals: Sequence[Arrival], start_s: float, rule: str) -> list[Point]:
+    points = []
+    for name, scaler, initially in settings(rule):
+        outcome = play(arrivals, start_s, scaler, initially)
+        points.append(Point(name, outcome.hours, outcome.share_over(LIMIT_S)))
+    return points
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both, from few late requests to few hours."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.late, p.hours)):
+        if not kept or point.hours < kept[-1].hours:
+            kept.append(point)
+    return kept
+
+
+def hours_at(points: Sequence[Point], late: float) -> Point | None:
+    """The cheapest setting with at most this share of late requests."""
+    return min((p for p in points if p.late <= late), key=lambda p: p.hours, default=None)
+
+
+def compare(name: str, by_rule: dict[str, list[Point]]) -> list[Row]:
+    """A row for each share of late requests: our hours beside the least of all other rules."""
+    rows = []
+    others = [point for rule, points in by_rule.items() if rule != "ours" for point in points]
+    for late in MISSES:
+        ours, theirs = hours_at(by_rule["ours"], late), hours_at(others, late)
+        if ours is None or theirs is None:
+            continue
+        label = f"{name}, at most {late:.1%} late"
+        rows.append(Row(label, "GPU h", ours.hours, theirs.hours, theirs.hours / ours.hours, FLOOR, TARGET))
+    return rows
+
+
+def draw(by_case: dict[str, dict[str, list[Point]]], moving: dict[str, Outcome], path: Path) -> None:
+    panels = []
+    for case, by_rule in by_case.items():
+        lines = [
+            Line(rule, [(100 * p.late + 0.01, p.hours) for p in frontier(points)])
+            for rule, points in by_rule.items()
+        ]
+        panels.append(Panel(f"{case}: GPU hours", "late requests, %", lines, is_x_log=True))
+    for case, outcome in moving.items():
+        replicas = [(at / 60, float(taken)) for at, _, taken, _ in outcome.samples]
+        queue = [(at / 60, float(waiting)) for at, _, _, waiting in outcome.samples]
+        panels.append(Panel(f"{case}: workers, as we set them", "minutes", [Line("workers", replicas, True)]))
+        panels.append(Panel(f"{case}: jobs that wait", "minutes", [Line("waiting", queue, True)]))
+    write_png(panels, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.scaling", description=__doc__)
+    parser.add_argument("--traces", nargs="+", choices=sorted(TRACES), default=list(TRACES))
+    parser.add_argument("--starts", nargs="+", type=float, default=list(STARTS_S), metavar="SECONDS")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="curves, and workers and queue over time")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    by_case: dict[str, dict[str, list[Point]]] = {}
+    moving: dict[str, Outcome] = {}
+    for trace in arguments.traces:
+        arrivals = TRACES[trace]()
+        for start_s in arguments.starts:
+            case = f"{trace}, start {start_s:g} s"
+            by_rule = {rule: try_all(arrivals, start_s, rule) for rule in ("ours", "keda", "ray", "fixed")}
+            by_case[case] = by_rule
+            for rule, points in by_rule.items():
+                best = "  ".join(f"{p.late:.2%}/{p.hours:.2f}h [{p.setting}]" for p in frontier(points)[:6])
+                print(f"{case:22s} {rule:6s} {best}", flush=True)
+            rows += compare(case, by_rule)
+            default = play(arrivals, start_s, Ours((1, MOST), TUNING), 1)
+            moving[case] = default
+            rows.append(Row(f"{case}, defaults: late", "%", 100 * default.share_over(LIMIT_S)))
+            rows.append(Row(f"{case}, defaults: hours", "GPU h", default.hours))
+    print_table(rows)
+    if arguments.json:
+        write_json(rows, arguments.json)
+    if arguments.png:
+        draw(by_case, moving, arguments.png)
+    return 1 if any(row.is_below_floor for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

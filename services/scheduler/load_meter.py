@@ -1,0 +1,143 @@
+"""Pure: what is known of a resource's load, from its workers' counters and the depths of its queues over time.
+
+Workers count from their start on: tokens, the time that jobs ran (summed over jobs), jobs that left. Differences
+between reports are exact, however many reports were lost. Running means forget: they go over the last minutes of work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+from msgspec import Struct
+
+from services.scheduler.scaling_policy import Load
+
+PROMPT_TOKEN_WEIGHT = 0.1
+"""What a prompt token costs beside a completion token."""
+ARRIVALS_S = 20.0
+"""Time constant of the running mean of arrivals."""
+KNOWN_STREAM_S = 10.0
+RATE_STREAM_S = 600.0
+"""The throughput is a mean over so many seconds of jobs: 8 jobs for 75 s, say."""
+JOBS_REMEMBERED = 200.0
+
+
+class Counters(Protocol):
+    """Of a worker's report: what it did since its start, and what it holds now."""
+
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def stream_s(self) -> float: ...
+    @property
+    def left_jobs(self) -> int: ...
+    @property
+    def held_jobs(self) -> int: ...
+    @property
+    def waiting_jobs(self) -> int: ...
+    @property
+    def running_sequences(self) -> int: ...
+    @property
+    def remaining_tokens(self) -> int: ...
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """What is worth keeping while nothing runs."""
+
+    job_tokens: float
+    worker_tokens_per_s: float
+
+
+class LoadMeter:
+    """One resource's. `look` takes what is known at a time; `load` says what follows."""
+
+    def __init__(self, max_batch: int, known: Measured | None = None) -> None:
+        """known: from before; it weighs as little as a few seconds of work."""
+        self._max_batch = max_batch
+        self._before: dict[str, Counters] = {}
+        self._in_hand: int | None = None
+        self._looked_at = 0.0
+        self._tokens = self._stream_s = 0.0
+        self._job_tokens = self._jobs = 0.0
+        self._arriving_jobs_per_s = 0.0
+        self._ready: int | None = None
+        self._batch = 0
+        self._reports_age_s = 0.0
+        if known is not None:
+            self._stream_s = KNOWN_STREAM_S
+            self._tokens = known.worker_tokens_per_s / max_batch * self._stream_s
+            self._jobs, self._job_tokens = 1.0, known.job_tokens
+
+    def look(
+        self,
+        workers: Mapping[str, Counters],
+        ready_messages: int | None,
+        batch_messages: int,
+        reports_age_s: float,
+        now: float,
+    ) -> None:
+        """workers: the latest report of each worker that lives, by incarnation."""
+        left = 0
+        for incarnation, counters in workers.items():
+            # Of one that is new to us its past is known too, and is no arrival.
+            came_out = self._take(counters, self._before.get(incarnation))
+            left += came_out if incarnation in self._before else 0
+        self._ready, self._batch, self._reports_age_s = ready_messages, batch_messages, reports_age_s
+        self._before = dict(workers)
+        if ready_messages is None:
+            self._in_hand = None  # what comes meanwhile is not counted as one crowd afterwards
+            return
+        in_hand = ready_messages + sum(each.held_jobs for each in workers.values())
+        if self._in_hand is not None and now > self._looked_at:
+            passed_s = now - self._looked_at
+            arrived_per_s = (in_hand - self._in_hand + left) / passed_s
+            share = 1 - math.exp(-passed_s / ARRIVALS_S)
+            self._arriving_jobs_per_s += (arrived_per_s - self._arriving_jobs_per_s) * share
+        self._in_hand, self._looked_at = in_hand, now
+
+    def _take(self, now: Counters, before: Counters | None) -> int:
+        """Add what a worker did since its report before; return how many jobs left it."""
+        tokens = _tokens(now) - (_tokens(before) if before is not None else 0.0)
+        left = now.left_jobs - (before.left_jobs if before is not None else 0)
+        stream_s = now.stream_s - (before.stream_s if before is not None else 0.0)
+        self._tokens += tokens
+        self._stream_s += stream_s
+        if self._stream_s > RATE_STREAM_S:
+            self._tokens *= RATE_STREAM_S / self._stream_s
+            self._stream_s = RATE_STREAM_S
+        self._job_tokens += tokens
+        self._jobs += left
+        if self._jobs > JOBS_REMEMBERED:
+            self._job_tokens *= JOBS_REMEMBERED / self._jobs
+            self._jobs = JOBS_REMEMBERED
+        return left
+
+    def load(self) -> Load:
+        workers = self._before.values()
+        job_tokens = self._job_tokens / self._jobs if self._jobs else self._job_tokens
+        rate = self._tokens / self._stream_s * self._max_batch if self._stream_s > 0 else 0.0
+        return Load(
+            ready_messages=self._ready,
+            batch_messages=self._batch,
+            waiting_jobs=sum(each.waiting_jobs for each in workers),
+            running_sequences=sum(each.running_sequences for each in workers),
+            remaining_tokens=sum(each.remaining_tokens for each in workers),
+            reports_age_s=self._reports_age_s,
+            job_tokens=job_tokens,
+            arriving_tokens_per_s=max(self._arriving_jobs_per_s, 0.0) * job_tokens,
+            worker_tokens_per_s=rate or None,
+        )
+
+    def measured(self) -> Measured | None:
+        load = self.load()
+        if load.worker_tokens_per_s is None:
+            return None
+        return Measured(job_tokens=load.job_tokens, worker_tokens_per_s=load.worker_tokens_per_s)
+
+
+def _tokens(counters: Counters) -> float:
+    return counters.completion_tokens + counters.prompt_tokens * PROMPT_TOKEN_WEIGHT

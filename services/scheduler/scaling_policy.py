@@ -1,0 +1,190 @@
+"""Pure: how many workers a resource wants, from a snapshot of its load and the time. No I/O, no clock of its own.
+
+Work is counted in completion tokens' worth. `wanted_count` follows these rules; the first of 1 and 2 that fits ends
+the matter, the rest work together.
+1. Blind (the broker does not answer, or the workers' reports are stale): hold what was wanted, and say so.
+2. Throughput never measured: one worker if there is any work, else hold.
+3. Steady need: arriving work, at the utilisation aimed at; or what runs now, in full batches, where that is more.
+4. Waiting work that the workers there (and those on their way) will not have done by the time that a new one could be
+   ready: so much more that it is drained in `drain_target_s` from then on. What they will have done by then wants
+   nobody, for a new worker would come too late for it: swap before scale, and no worker for a passing crowd.
+   Both are counted in workers, so one step goes to what is needed, also from zero.
+5. Any live job that runs or waits wants one worker; so does any batch job. More batch jobs want no more.
+6. Down slowly: wanted is the highest need of the last `down_window_s`, or of one start time where that is longer (an
+   idle worker is kept for as long as starting it again would cost).
+7. The last worker is kept until nothing was done for the idle time-out; then, with a minimum of 0, none is wanted.
+8. Bounds hold whatever the rules say, also while blind: a lowered maximum is obeyed at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+REPORTS_STALE_S = 10.0
+
+
+class Tuning(Struct, frozen=True, kw_only=True):
+    """What `loadtest.scaling` found; see its README for the curves."""
+
+    utilisation: float = 0.9
+    drain_target_s: float = 100.0
+    down_window_s: float = 300.0
+
+
+TUNING = Tuning()
+
+
+class Need(Struct, frozen=True):
+    """What was needed at a time; the policy is given its own earlier needs."""
+
+    at: float
+    count: int
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """What was measured of a resource."""
+
+    ready_messages: int | None = None
+    """Live jobs in the queues; None when the broker did not answer."""
+    batch_messages: int = 0
+    waiting_jobs: int = 0
+    """Jobs that workers hold and that do not run."""
+    running_sequences: int = 0
+    remaining_tokens: int = 0
+    """What the running jobs may still generate at most, as their workers report it."""
+    reports_age_s: float = 0.0
+    """Of the oldest of the ready workers' latest reports; 0 without a ready worker."""
+    job_tokens: float = 0.0
+    """Running mean."""
+    arriving_tokens_per_s: float = 0.0
+    worker_tokens_per_s: float | None = None
+    """Of one worker with a full batch; None until measured."""
+
+
+class Supply(Struct, frozen=True, kw_only=True):
+    """What there is, and how long more would take."""
+
+    ready_workers: int
+    starting_ages_s: list[float]
+    max_batch: int
+    start_s: float
+
+
+class ScalingMemory(Struct, frozen=True, kw_only=True):
+    """What the policy hands on from one look to the next."""
+
+    wanted: int
+    busy_at: float
+    """When there was work last."""
+    needs: list[Need] = []
+
+
+class ScalingDecision(Struct, frozen=True, kw_only=True):
+    wanted: int
+    why: str
+    need: int | None
+    """None when it could not be told."""
+    drain_s: float | None
+    """Seconds to drain what waits and runs, with the workers that are ready; after a start where there is none."""
+    memory: ScalingMemory
+
+
+def decide_count(
+    load: Load,
+    supply: Supply,
+    bounds: tuple[int, int],
+    idle_timeout_s: float,
+    memory: ScalingMemory,
+    now: float,
+    tuning: Tuning = TUNING,
+) -> ScalingDecision:
+    """Decide; the same values always give the same decision. bounds: (least, most)."""
+    if load.ready_messages is None:
+        return _hold(bounds, memory, "the broker does not tell how much waits")
+    if supply.ready_workers and load.reports_age_s > REPORTS_STALE_S:
+        return _hold(bounds, memory, f"the workers' latest report is {load.reports_age_s:.0f} s old")
+    has_work = bool(load.ready_messages or load.batch_messages or load.waiting_jobs or load.running_sequences)
+    busy_at = now if has_work else memory.busy_at
+    if not load.worker_tokens_per_s:
+        count = max(memory.wanted, 1 if has_work else 0)
+        kept = ScalingMemory(wanted=count, busy_at=busy_at, needs=memory.needs)
+        why = "work waits, and no worker's throughput is known" if has_work else "nothing was measured yet"
+        count, why = _idle(count, why, idle_timeout_s, kept, now)
+        return _bounded(bounds, count, why, None, None, kept)
+    need, why = _need(load, supply, load.ready_messages, load.worker_tokens_per_s, tuning)
+    need = max(need, 1 if has_work else 0)
+    needs = _remember(memory.needs, Need(now, need), now - max(tuning.down_window_s, supply.start_s))
+    count = needs[0].count
+    if count > need:
+        why += f"; {count} were needed {now - needs[0].at:.0f} s ago"
+    kept = ScalingMemory(wanted=memory.wanted, busy_at=busy_at, needs=needs)
+    count, why = _idle(count, why, idle_timeout_s, kept, now)
+    return _bounded(bounds, count, why, need, _drain_s(load, supply), kept)
+
+
+def _need(
+    load: Load, supply: Supply, ready_messages: int, worker_tokens_per_s: float, tuning: Tuning
+) -> tuple[int, str]:
+    arriving, horizon_s = load.arriving_tokens_per_s, supply.start_s
+    waiting = (ready_messages + load.waiting_jobs) * load.job_tokens
+    steady = arriving / worker_tokens_per_s / tuning.utilisation
+    steady = max(steady, load.running_sequences / supply.max_batch)
+    served_s = supply.ready_workers * horizon_s + sum(min(age, horizon_s) for age in supply.starting_ages_s)
+    left = max(waiting + arriving * horizon_s - served_s * worker_tokens_per_s, 0.0) if waiting else 0.0
+    more = left / worker_tokens_per_s / tuning.drain_target_s
+    need = math.ceil(round(steady + more, 6))  # so that a sum such as 0.1 + 0.2 does not cost a worker
+    why = f"{arriving:.0f} tokens/s arrive, a worker does {worker_tokens_per_s:.0f}: {steady:.1f} workers"
+    if more:
+        why += f", and {more:.1f} for what will still wait in {horizon_s:.0f} s"
+    return need, why
+
+
+def _remember(needs: list[Need], need: Need, since: float) -> list[Need]:
+    """The needs that can still be the highest of the window, highest first; so few are kept."""
+    return [*(earlier for earlier in needs if earlier.at > since and earlier.count > need.count), need]
+
+
+def _idle(count: int, why: str, idle_timeout_s: float, memory: ScalingMemory, now: float) -> tuple[int, str]:
+    """Whether the last worker goes: whatever else says none, or says one for a need that is over."""
+    idle_s = now - memory.busy_at
+    if idle_s >= idle_timeout_s:
+        return (0, f"nothing to do for {idle_s:.0f} s") if count <= 1 else (count, why)
+    if count == 0 and memory.wanted > 0:
+        return 1, f"nothing to do for {idle_s:.0f} s; the last worker is kept for {idle_timeout_s:.0f} s"
+    return count, why
+
+
+def _drain_s(load: Load, supply: Supply) -> float:
+    waiting = (load.ready_messages or 0) + load.waiting_jobs
+    if not waiting + load.running_sequences or not load.worker_tokens_per_s:
+        return 0.0
+    # What jobs may generate at most is no forecast: most stop long before.
+    tokens = waiting * load.job_tokens
+    tokens += min(load.remaining_tokens, load.running_sequences * load.job_tokens)
+    start_s = 0.0 if supply.ready_workers else supply.start_s
+    return start_s + tokens / load.worker_tokens_per_s / max(supply.ready_workers, 1)
+
+
+def _hold(bounds: tuple[int, int], memory: ScalingMemory, reason: str) -> ScalingDecision:
+    words = f"held, for it cannot be seen what is needed: {reason}"
+    return _bounded(bounds, memory.wanted, words, None, None, memory)
+
+
+def _bounded(
+    bounds: tuple[int, int],
+    count: int,
+    why: str,
+    need: int | None,
+    drain_s: float | None,
+    memory: ScalingMemory,
+) -> ScalingDecision:
+    least, most = bounds
+    wanted = min(max(count, least), most)
+    if wanted > count:
+        why += f"; raised to the minimum of {least}"
+    elif wanted < count:
+        why += f"; cut to the maximum of {most}"
+    kept = ScalingMemory(wanted=wanted, busy_at=memory.busy_at, needs=memory.needs)
+    return ScalingDecision(wanted=wanted, why=why, need=need, drain_s=drain_s, memory=kept)
