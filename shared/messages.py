@@ -411,6 +411,13 @@ class SetScaling(Command, frozen=True, tag="resource.set_scaling.v1"):
     if_version: int | None = None
 
 
+class SetQuota(Command, frozen=True, tag="quota.set.v1"):
+    """Platform only. scope: `every_team`, `platform`, or a team's id; places None: the team has none of its own."""
+
+    scope: str
+    places: int | None = None
+
+
 class TurnOnResource(Command, frozen=True, tag="resource.turn_on.v1"):
     team_id: str
     resource_id: str
@@ -621,6 +628,7 @@ SchedulerCommand = (
     | CreateResource
     | ScaleResource
     | SetScaling
+    | SetQuota
     | TurnOnResource
     | TurnOffResource
     | DeleteResource

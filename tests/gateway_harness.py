@@ -36,6 +36,7 @@ from services.gateway.upload_table import UploadTable
 from services.gateway.views import Views
 from services.gateway.wire import WireSite
 from services.scheduler.command_rules import problem_of
+from services.scheduler.quotas import set_quota
 from services.scheduler.scaling_store import SettingsChanged, set_scaling
 from shared import messages, topology
 from shared.broker import Broker, Delivery
@@ -197,6 +198,13 @@ class StandIn:
                     body["price_id"], command.model_type, command.work_class, command.prompt_nanousd,
                     command.completion_nanousd, float(command.starts_unix_ms),
                 )  # fmt: skip
+            case messages.SetQuota():
+                problem = problem_of(command)
+                if problem is not None:
+                    return CommandResult(
+                        command_id=command.command_id, ok=False, code="invalid_value", message=problem
+                    )
+                await set_quota(sql, command)
             case _:
                 return await self._change(sql, command)
         return CommandResult(command_id=command.command_id, ok=True, body=body)

@@ -13,6 +13,7 @@ import asyncpg
 from services.gateway.paying import Purse
 from services.gateway.principal import ResourceView
 from shared.database import Database
+from shared.outcomes import Unavailable
 
 GroupBy = Literal["day", "model", "key", "resource"]
 
@@ -81,6 +82,19 @@ class Views:
             team_id,
             resource_id,
         )
+
+    async def quota(self, team_id: str) -> asyncpg.Record:
+        """Return the team's quota: places, taken ones, and whether it is its own."""
+        row = await self._database.fetchrow(
+            "SELECT q.places, q.scope = $1 AS own, (SELECT count(*) FROM scheduler_api.places_v1"
+            " JOIN scheduler_api.resources_v1 USING (resource_id) WHERE team_id = $1)::int AS taken"
+            " FROM scheduler_api.quotas_v1 q WHERE q.scope IN ($1, 'every_team')"
+            " ORDER BY q.scope = 'every_team' LIMIT 1",
+            team_id,
+        )
+        if row is None:
+            raise Unavailable("the scheduler has no quotas")
+        return row
 
     async def places(self, resource_ids: list[str]) -> list[asyncpg.Record]:
         return await self._database.fetch(

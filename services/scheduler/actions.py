@@ -107,7 +107,7 @@ class GiveUpStart:
 class FreePlace:
     """The node has confirmed that the process is gone. `failed_start`: what to record of a start that came to nothing.
 
-    unexpected: it had been ready and was not asked to leave.
+    unexpected: it had been ready and was not asked to leave. cut_jobs: what ran on it when it was killed in its drain.
     """
 
     place: int
@@ -115,6 +115,7 @@ class FreePlace:
     failed_start: str | None
     unexpected: bool
     words: str
+    cut_jobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

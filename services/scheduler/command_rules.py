@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import re
 
+from services.scheduler.quotas import EVERY_TEAM, MAX_PLACES, PLATFORM
 from services.scheduler.scaling_settings import MAX_COUNT, settings_problem
-from shared.messages import CreateOption, CreateResource, ScaleResource, SchedulerCommand, SetScaling
+from shared.messages import (
+    CreateOption,
+    CreateResource,
+    ScaleResource,
+    SchedulerCommand,
+    SetQuota,
+    SetScaling,
+)
 
 MAX_NAME = 100
 MAX_BATCH = 1024
@@ -25,7 +33,7 @@ def problem_of(command: SchedulerCommand) -> str | None:
     1. Ids and actor: short printable text. 2. Numbers in the ranges that the tables have too. 3. Names: an option's
     is a slug, a resource's any printable text of 1 to 100 characters without space at its ends.
     """
-    for field in ("command_id", "actor", "team_id", "resource_id", "option_id"):
+    for field in ("command_id", "actor", "team_id", "resource_id", "option_id", "scope"):
         value = getattr(command, field, None)
         if value is not None and not _is_text(value, _MAX_TEXT):
             return f"{field} must be 1 to {_MAX_TEXT} printable characters"
@@ -42,6 +50,8 @@ def problem_of(command: SchedulerCommand) -> str | None:
             return _count_problem(command.fixed_count)
         case SetScaling():
             return _scaling_problem(command)
+        case SetQuota():
+            return _quota_problem(command)
     return None
 
 
@@ -60,6 +70,14 @@ def _option_problem(command: CreateOption) -> str | None:
         return f"kv_tokens must be between max_context_tokens and {MAX_KV_TOKENS}"
     if not 0 <= command.hourly_rate_nanousd <= MAX_HOURLY_RATE_NANOUSD:
         return f"hourly_rate_nanousd must be between 0 and {MAX_HOURLY_RATE_NANOUSD}"
+    return None
+
+
+def _quota_problem(command: SetQuota) -> str | None:
+    if command.places is None and command.scope in (EVERY_TEAM, PLATFORM):
+        return "places may be null for one team's own quota only"
+    if command.places is not None and not 0 <= command.places <= MAX_PLACES:
+        return f"places must be between 0 and {MAX_PLACES}"
     return None
 
 

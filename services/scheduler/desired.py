@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 
 from services.scheduler.command_rules import problem_of
+from services.scheduler.quotas import set_quota, team_quota
 from services.scheduler.scaling_store import SettingsChanged, set_fixed, set_scaling
 from shared.database import Connection, Database
 from shared.ids import new_id
@@ -23,6 +24,7 @@ from shared.messages import (
     DeleteResource,
     ScaleResource,
     SchedulerCommand,
+    SetQuota,
     SetScaling,
     TurnOffResource,
     TurnOnResource,
@@ -103,12 +105,18 @@ class Desired:
                 return await _create_option(connection, command)
             case CreateResource():
                 return await self._create_resource(connection, command)
+            case SetQuota():
+                await set_quota(connection, command)
+                return {"scope": command.scope}
             case ScaleResource():
                 await _lock(connection, command.team_id, command.resource_id)
+                await _check_quota(connection, command.team_id, command.fixed_count)
                 await set_fixed(connection, command)
                 await _note(connection, command.resource_id, "scaled", f"to {command.fixed_count}", command)
             case SetScaling():
                 await _lock(connection, command.team_id, command.resource_id)
+                most = max([command.max_count, *(window.max_count for window in command.windows)])
+                await _check_quota(connection, command.team_id, most)
                 try:
                     words = await set_scaling(connection, command)
                 except SettingsChanged as error:
@@ -133,6 +141,7 @@ class Desired:
             raise Refused(
                 "model_type_mismatch", f"the option is for model type {option_type}, not {command.model_type}"
             )
+        await _check_quota(connection, command.team_id, command.fixed_count)
         # So that two schedulers do not both give the last place.
         await connection.execute(
             "SELECT pg_advisory_xact_lock(hashtextextended('scheduler resources of ' || $1, 0))",
@@ -193,6 +202,13 @@ async def _create_option(connection: Connection, command: CreateOption) -> dict[
             "name_taken", f"model type {command.model_type} has an option {command.name!r}"
         ) from error
     return {"option_id": option_id}
+
+
+async def _check_quota(connection: Connection, team_id: str, count: int) -> None:
+    """Refuse what the team could never have. What others of its resources take is counted at each grant."""
+    quota = await team_quota(connection, team_id)
+    if quota is not None and count > quota:
+        raise Refused("over_quota", f"the team may have {quota} GPUs at once, and {count} were asked for")
 
 
 async def _lock(connection: Connection, team_id: str, resource_id: str) -> asyncpg.Record:

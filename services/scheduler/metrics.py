@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from services.scheduler.actions import Action, NotePlace, NoteScaling, ProveInterval
+from services.scheduler.actions import Action, FreePlace, NotePlace, NoteScaling, ProveInterval
 from services.scheduler.snapshot import Stored
 from services.scheduler.states import PlaceState
 from shared import telemetry
@@ -17,6 +17,7 @@ LEADER = "roundhouse.scheduler.leader"
 DECISIONS = "roundhouse.scheduler.decisions"
 RECONCILE_DURATION = "roundhouse.scheduler.reconcile.duration"
 FAILURES = "roundhouse.scheduler.reconcile.failures"
+CUT_REQUESTS = "roundhouse.scheduler.cut_requests"
 
 
 class SchedulerMetrics:
@@ -36,6 +37,11 @@ class SchedulerMetrics:
             FAILURES, description="Looks at a resource that failed, by cause"
         )
 
+        self._cut = meter.create_counter(
+            CUT_REQUESTS, description="Requests that ran on a worker which was killed while it drained"
+        )
+        self._cut.add(0)  # so that there is a zero to see
+
     def looked(self, stored: Stored, duration_s: float) -> None:
         self._places = Counter(place.state for place in stored.places)
         self._duration.record(duration_s)
@@ -44,6 +50,8 @@ class SchedulerMetrics:
         for action in actions:
             if not isinstance(action, NotePlace | NoteScaling | ProveInterval):
                 self._decisions.add(1, {"action": type(action).__name__})
+            if isinstance(action, FreePlace):
+                self._cut.add(action.cut_jobs)
 
     def failed(self, cause: str) -> None:
         self._failures.add(1, {"cause": cause})

@@ -94,6 +94,7 @@ def stop_of(view: ResourceView, place: PlaceView) -> SendStop | None:
 def _free(place: PlaceView, reason: str) -> Looked:
     asked = place.state == PlaceState.DRAINING
     was_ready = place.ready_at is not None
+    cut_jobs = _cut_jobs(place)
     actions: list[Action] = []
     if place.proved_until is not None:
         actions.append(EndInterval(place.incarnation, max(place.proved_until, _live_report_at(place))))
@@ -104,10 +105,23 @@ def _free(place: PlaceView, reason: str) -> Looked:
             failed_start=None if asked or was_ready else reason or "exited",
             unexpected=was_ready and not asked,
             words=f"place {place.place} is free: the worker {reason or 'exited'}"
-            + ("" if asked else "" if was_ready else " before it was ready"),
+            + ("" if asked or was_ready else " before it was ready")
+            + (f"; {cut_jobs} requests that it was finishing were cut" if cut_jobs else ""),
+            cut_jobs=cut_jobs,
         )
     )
     return Looked(actions, None)
+
+
+def _cut_jobs(place: PlaceView) -> int:
+    """Jobs that ran on a worker that was asked to finish them and did not.
+
+    A worker that exits by itself has finished, whatever its report of a second before says.
+    """
+    process, worker = place.process, place.worker
+    if place.state != PlaceState.DRAINING or process is None or worker is None:
+        return 0
+    return 0 if process.exit_code == 0 or worker.phase == "drained" else worker.running_jobs
 
 
 def _live_report_at(place: PlaceView) -> float:

@@ -247,6 +247,7 @@ def _grants(
     view: ResourceView, places: Sequence[PlaceView], missing: int, has_just_left: bool
 ) -> tuple[list[GrantPlace], str]:
     """Grant up to `missing` seats; also say in words why fewer were granted."""
+    waiting = ""
     most = bounds_in_force(view).max_count
     room = most - len(places)
     start_at = next_start_at(view)
@@ -259,16 +260,19 @@ def _grants(
         )
     taken = {place.place for place in places}
     seats = [number for number in range(most) if number not in taken]
+    count = max(min(missing, room), 0)
+    if view.quota is not None and view.quota.left < count:
+        waiting, count = view.quota.reason, view.quota.left
     free = list(view.free_devices)
     grants: list[GrantPlace] = []
-    for seat in seats[: max(min(missing, room), 0)]:
+    for seat in seats[:count]:
         device = choose_device(free, view.device_kind)
         if device is None:
             return grants, f"no free {view.device_kind} device on any node"
         free.remove(device)
         words = f"place {seat} goes to {device.node_id} {device.device}"
         grants.append(GrantPlace(seat, device.node_id, device.device, view.failures + 1, words))
-    return grants, ""
+    return grants, waiting
 
 
 def _resource_state(

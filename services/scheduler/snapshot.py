@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from services.scheduler.actions import Action, GrantPlace, SendStop
 from services.scheduler.load_meter import Measured
+from services.scheduler.quotas import QuotaBook
 from services.scheduler.reconcile import reconcile
 from services.scheduler.scaling_policy import Load, ScalingMemory
 from services.scheduler.scaling_settings import Bounds
@@ -89,6 +90,7 @@ class Stored(Struct, frozen=True, kw_only=True):
     now: float
     resources: list[StoredResource]
     places: list[StoredPlace]
+    quotas: dict[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +139,12 @@ def decide_all(stored: Stored, heard: Heard, memory: Memory, limits: Limits) -> 
     A bug (an illegal move, say) holds up its own resource and no other.
     """
     free = free_devices(stored, heard, limits)
+    teams = {resource.resource_id: resource.team_id for resource in stored.resources}
+    book = QuotaBook(stored.quotas, [teams[place.resource_id] for place in stored.places])
     decided = []
     for resource in sorted(stored.resources, key=lambda r: r.resource_id):
-        view = _view(resource, stored, heard, memory, limits, free)
+        room = book.room(resource.team_id)
+        view = replace(_view(resource, stored, heard, memory, limits, free), quota=room)
         try:
             actions = reconcile(view)
         except Exception as error:  # noqa: BLE001 - it is handed on, and logged by the leader
@@ -147,6 +152,7 @@ def decide_all(stored: Stored, heard: Heard, memory: Memory, limits: Limits) -> 
             continue
         for action in actions:
             if isinstance(action, GrantPlace):
+                book.take(resource.team_id)
                 free = [d for d in free if (d.node_id, d.device) != (action.node_id, action.device)]
         decided.append(Decided(resource, view, actions))
     return decided
@@ -294,7 +300,10 @@ def _process(report: NodeReport, incarnation: str) -> ProcessSeen:
     for process in report.processes:
         if process.incarnation == incarnation:
             return ProcessSeen(
-                state=process.state, device=clean(process.device), reason=clean(process.reason)
+                state=process.state,
+                device=clean(process.device),
+                reason=clean(process.reason),
+                exit_code=process.exit_code,
             )
     return ProcessSeen(state="absent")
 
@@ -304,6 +313,7 @@ def _worker(report: WorkerReport, heard_at: float) -> WorkerSeen:
         phase=report.phase,
         heard_at=heard_at,
         jobs=report.running_jobs + report.held_jobs,
+        running_jobs=report.running_jobs,
         hot_models=sum(model.state == "ready" for model in report.models),
         detail=clean(report.detail),
     )

@@ -102,10 +102,12 @@ class Store:
                 now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
                 resources = await connection.fetch(_RESOURCES)
                 places = await connection.fetch(_PLACES)
+                quotas = await connection.fetch("SELECT scope, places FROM scheduler.quotas")
             return Stored(
                 now=now,
                 resources=[_resource(row) for row in resources],
                 places=[StoredPlace(**dict(row)) for row in places],
+                quotas={row["scope"]: row["places"] for row in quotas},
             )
 
         return await self._database.bounded(query, LOAD_TIMEOUT_S)

@@ -11,6 +11,7 @@ from typing import Literal
 from msgspec import Struct
 
 from services.scheduler.load_meter import Measured
+from services.scheduler.quotas import QuotaRoom
 from services.scheduler.scaling_policy import TUNING, Load, ScalingMemory, Tuning
 from services.scheduler.scaling_settings import Bounds
 from services.scheduler.states import PlaceState, ResourceState
@@ -49,6 +50,7 @@ class ProcessSeen(Struct, frozen=True, kw_only=True):
     state: Literal["absent", "running", "exited"]
     device: str = ""
     reason: str = ""
+    exit_code: int | None = None
 
 
 class WorkerSeen(Struct, frozen=True, kw_only=True):
@@ -57,6 +59,7 @@ class WorkerSeen(Struct, frozen=True, kw_only=True):
     phase: str
     heard_at: float
     jobs: int = 0
+    running_jobs: int = 0
     hot_models: int = 0
     detail: str = ""
 
@@ -142,5 +145,6 @@ class ResourceView(Struct, frozen=True, kw_only=True):
     places: list[PlaceView] = []
     free_devices: list[FreeDevice] = []
     scaling: Scaling | None = None
+    quota: QuotaRoom | None = None
     observing_since: float | None = None
     """Since when reports could be received without a break; None while the broker is away."""

@@ -41,6 +41,7 @@ from shared.messages import (
     ScaleResource,
     ScalingWindow,
     SetPrice,
+    SetQuota,
     SetRate,
     SetScaling,
     SetTeamTerms,
@@ -270,6 +271,7 @@ EXAMPLES: tuple[Message, ...] = (
         pool=True,
     ),
     ScaleResource(**_COMMAND, team_id="team_1", resource_id="res_1", fixed_count=3),
+    SetQuota(**_COMMAND, scope="team_1", places=8),
     SetScaling(
         **_COMMAND,
         team_id="team_1",

@@ -30,6 +30,7 @@ DELETES = {
     "scheduler.starts",
     "scheduler.decisions",
     "scheduler.nodes",
+    "scheduler.quotas",
     "scheduler.dead_letters",
     "scheduler.worker_models",
     "scheduler.model_alarms",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from loadtest import replay
@@ -94,6 +98,13 @@ async def stand(tmp_path: Path, vhost: Vhost, module_database: str) -> AsyncIter
         finally:
             for task in group._tasks.copy():
                 task.cancel()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -205,3 +216,41 @@ async def test_off_while_starting_on_while_draining_and_delete_with_jobs_queued(
     assert await stand.owner.fail_queued(resource_id, "resource_off", "The resource was turned off.") == 1
     _, _, end = await asyncio.wait_for(queued, 10)
     assert (end.outcome, end.error_code) == ("failed", "resource_off")
+
+
+async def test_a_draining_worker_that_is_killed_counts_what_it_cut(stand: Stand, free_port: int) -> None:
+    fleet = stand.fleet
+    fleet.start_scheduler(OPS_PORT=str(free_port))
+    fleet.start_agent()
+    resource_id = await stand.resource(1, 3)
+    await fleet.turn_on(resource_id)
+    await fleet.until(lambda: fleet.is_live(resource_id), "live")
+    assert await cut_requests(free_port) == 0
+    asking = asyncio.create_task(stand.ask(resource_id, 1800))
+    await asyncio.sleep(2.5)  # begun, and reported
+    await fleet.turn_off(resource_id)
+
+    async def drains() -> bool:
+        return await stand.count(resource_id, "draining") == 1
+
+    await fleet.until(drains, "the worker drains")
+    ((_, pid),) = fleet.workers().items()
+    os.kill(pid, signal.SIGKILL)
+    await stand.until_state(resource_id, "off")
+    assert await cut_requests(free_port) == 1
+    rows = await fleet.database.fetch("SELECT words FROM scheduler.decisions WHERE action = 'free'")
+    assert "1 requests that it was finishing were cut" in rows[0]["words"]
+    # Nothing is lost even so: turned on again, another worker goes on where the first was stopped.
+    await fleet.turn_on(resource_id)
+    text, _, end = await asyncio.wait_for(asking, 90)
+    assert (text, end.outcome) == (whole_text(1800), "succeeded")
+
+
+async def cut_requests(ops_port: int) -> float:
+    url = f"http://127.0.0.1:{ops_port}/metrics"
+    async with aiohttp.ClientSession() as session, session.get(url) as reply:
+        page = await reply.text()
+    (line,) = [
+        line for line in page.splitlines() if line.startswith("roundhouse_scheduler_cut_requests_total")
+    ]
+    return float(line.rpartition(" ")[2])

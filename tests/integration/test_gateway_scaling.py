@@ -75,3 +75,24 @@ async def test_scaling_settings_are_set_shown_and_bound_to_what_was_read(gateway
     rival = await gateway.make_team("rival")
     reply = await gateway.call("PUT", f"{path}/scaling", {"autoscaling": False, "gpus": 9}, key=rival)
     assert reply.status == 404
+
+
+async def test_a_quota_is_shown_to_its_team_and_set_by_the_platform_alone(gateway: Gateway) -> None:
+    key = await gateway.make_team("quotas")
+    assert (await gateway.call("GET", "/api/quota", key=key)).json == {"places": 64, "taken": 0, "own": False}
+    own = {"of": "team", "places": 4}
+    refused = await gateway.call("PUT", "/api/quota", own, key=key)
+    assert (refused.status, refused.code) == (403, "insufficient_scope")
+    changed = await gateway.call("PUT", "/api/quota?team=quotas", own)
+    assert (changed.status, changed.json) == (200, {"places": 4, "taken": 0, "own": True})
+    assert (await gateway.call("GET", "/api/quota", key=key)).json["places"] == 4
+    back = await gateway.call("PUT", "/api/quota?team=quotas", {"of": "team", "places": None})
+    assert back.json == {"places": 64, "taken": 0, "own": False}
+    for wrong, code in [
+        ({"of": "platform", "places": None}, "invalid_value"),
+        ({"of": "all", "places": 1}, "invalid_value"),
+        ({"of": "team", "places": -1}, "invalid_value"),
+        ({"of": "team"}, "missing_parameter"),
+    ]:
+        reply = await gateway.call("PUT", "/api/quota?team=quotas", wrong)
+        assert (reply.status, reply.code) == (400, code), wrong

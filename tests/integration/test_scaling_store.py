@@ -13,7 +13,7 @@ from services.scheduler.scaling_settings import Bounds
 from services.scheduler.snapshot import Heard, Memory, decide_all
 from services.scheduler.views import Limits
 from services.scheduler.writes import StaleView
-from shared.messages import ScaleResource, ScalingWindow, SetScaling, TurnOnResource
+from shared.messages import ScaleResource, ScalingWindow, SetQuota, SetScaling, TurnOnResource
 from tests.integration import test_scheduler_store
 from tests.integration.test_scheduler_store import Tables
 
@@ -152,3 +152,30 @@ async def test_a_turn_that_was_found_before_the_settings_changed_is_not_stored(t
     with pytest.raises(StaleView):
         await tables.apply(SetBounds(1, wide, "words"))
     assert (await shown(tables))["max_now"] == 3
+
+
+async def test_quotas_bound_a_team_and_all_teams_in_the_database_itself(tables: Tables) -> None:
+    async def quota(scope: str, places: int | None) -> None:
+        assert (await tables.run(SetQuota, scope=scope, places=places)).ok
+
+    await quota("every_team", 2)
+    await quota("platform", 3)
+    mine = await tables.resource(count=2)
+    refused = await set_scaling(tables, mine, max_count=3)
+    assert (refused.ok, refused.code) == (False, "over_quota")
+    assert "may have 2 GPUs at once, and 3 were asked for" in refused.message
+    await quota("t1", 4)
+    assert (await set_scaling(tables, mine, max_count=4)).ok
+    await tables.run(TurnOnResource, team_id="t1", resource_id=mine)
+    for place in (0, 1, 2):
+        await grant(tables, place)
+    with pytest.raises(StaleView):
+        await grant(tables, 3)  # the platform's
+    await quota("platform", 9)
+    await quota("t1", None)
+    with pytest.raises(StaleView):
+        await grant(tables, 3)  # every team's
+    await quota("every_team", 4)
+    await grant(tables, 3)
+    stored = await tables.store.load()
+    assert stored.quotas == {"every_team": 4, "platform": 9}

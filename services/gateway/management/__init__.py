@@ -11,6 +11,7 @@ from services.gateway.management.keys import Keys
 from services.gateway.management.models import Models
 from services.gateway.management.options import Options
 from services.gateway.management.prices import Prices
+from services.gateway.management.quotas import Quotas
 from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
 from services.gateway.management.revisions import Revisions
@@ -35,6 +36,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Prices(deps),
         Resources(deps),
         ResourceModels(deps),
+        Quotas(deps),
         Credit(deps),
         Deposits(deps),
         Usage(deps),

@@ -163,6 +163,21 @@ class ScaleResource(Body):
     gpus: Gpus
 
 
+class ChangeQuota(Body):
+    of: Annotated[
+        Literal["team", "every_team", "platform"],
+        Meta(
+            description="`team`: the one that the request acts for; `every_team`: those without a quota of their own."
+        ),
+    ]
+    places: (
+        Annotated[
+            int, Meta(ge=0, le=100_000, description="GPUs at once; null takes a team's own quota away.")
+        ]
+        | None
+    )
+
+
 class ScalingWindow(Body):
     name: Title
     start: Annotated[

@@ -86,6 +86,7 @@ PLACE = obj(
     place=COUNT, state=TEXT, phase=TEXT, device=TEXT, node_id=TEXT, worker_id=TEXT, granted_at=OPTIONAL_TIME,
     ready_at=OPTIONAL_TIME,
 )  # fmt: skip
+QUOTA = obj(places=COUNT, taken=COUNT, own=FLAG)
 SCALING_WINDOW = obj(name=TEXT, start=TEXT, duration_minutes=COUNT, time_zone=TEXT, min=COUNT, max=COUNT)
 SCALING = obj(
     autoscaling=FLAG, min=COUNT, max=COUNT, idle_timeout_s=COUNT, when_asleep={"enum": ["wake", "refuse"]},
