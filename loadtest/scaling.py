@@ -26,7 +26,7 @@ LEAST = (1, 4, 6, 8)
 TARGETS = (3.0, 4.0, 6.0, 8.0, 12.0)
 UTILISATIONS = (0.9, 2.0)
 WINDOWS_S = (300.0, 600.0)
-DRAINS_S = (100.0,)
+DRAINS_S = (30.0, 100.0)
 MISSES = (0.002, 0.01, 0.03)
 """Shares of late requests at which hours are compared."""
 FLOOR, TARGET = 1.0, 1.25

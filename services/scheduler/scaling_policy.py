@@ -29,7 +29,7 @@ class Tuning(Struct, frozen=True, kw_only=True):
     """What `loadtest.scaling` found; see its README for the curves."""
 
     utilisation: float = 0.9
-    drain_target_s: float = 100.0
+    drain_target_s: float = 30.0
     down_window_s: float = 300.0
 
 

@@ -70,6 +70,9 @@ def test_a_worker_that_dies_brings_no_arrivals_and_a_leader_that_is_new_counts_n
     assert meter.load().job_tokens == 50.0
     meter.look({}, 4, 0, 0.0, 2.0)
     assert meter.load().arriving_tokens_per_s == 0.0
+    # One that is heard of for the first time brings what it holds, and nothing of its past.
+    meter.look({"i2": before}, 4, 0, 0.0, 3.0)
+    assert 0 < meter.load().arriving_tokens_per_s < 4 * 50
 
 
 def test_what_came_while_the_broker_was_away_is_no_crowd_of_one_second() -> None:
