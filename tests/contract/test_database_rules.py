@@ -234,6 +234,8 @@ async def test_a_place_moves_as_the_scheduler_s_table_says(
 
 async def test_states_that_do_not_exist_are_refused(connection: Connection, resource: str) -> None:
     await connection.execute(_PLACE, 0, "starting", "inc_1", EPOCH)
+    # A table with checks to come may not be altered.
+    await connection.execute("SET CONSTRAINTS ALL IMMEDIATE")
     await connection.execute("ALTER TABLE scheduler.resources DISABLE TRIGGER resource_state")
     await connection.execute("ALTER TABLE scheduler.places DISABLE TRIGGER place_rules")
     assert await attempt(connection, "UPDATE scheduler.resources SET state = 'online'") == CHECK_VIOLATION
@@ -288,6 +290,20 @@ async def test_no_place_is_granted_where_none_is_wanted_but_those_that_are_go_on
     await connection.execute(f"UPDATE scheduler.resources SET {change}")
     assert await attempt(connection, _PLACE, 1, "starting", "inc_2", EPOCH) == CHECK_VIOLATION
     assert await attempt(connection, "UPDATE scheduler.places SET state = 'draining'") is None
+
+
+async def test_what_is_asleep_has_no_worker_when_a_transaction_ends(
+    connection: Connection, resource: str
+) -> None:
+    sleep = "UPDATE scheduler.resources SET state = 'asleep'"
+    assert await attempt(connection, sleep) is None
+    assert await attempt(connection, _PLACE, 0, "starting", "inc_1", EPOCH) == CHECK_VIOLATION
+    # Waking grants the place first and moves the state after it.
+    await connection.execute(_PLACE, 0, "starting", "inc_1", EPOCH)
+    assert await attempt(connection, "UPDATE scheduler.resources SET state = 'starting'") is None
+    assert await attempt(connection, sleep) == CHECK_VIOLATION
+    await connection.execute("DELETE FROM scheduler.places")
+    assert await attempt(connection, sleep) is None
 
 
 async def test_a_seat_is_taken_once_and_an_incarnation_used_once(
