@@ -80,9 +80,15 @@ class Stack:
         wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes[name])
 
     def start_billing(self) -> None:
+        self._start_service("billing")
+
+    def start_batch(self) -> None:
+        self._start_service("batch")
+
+    def _start_service(self, name: str) -> None:
         port = free_port()
-        self._start("billing", "services.billing", {"OPS_PORT": str(port)})
-        wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes["billing"])
+        self._start(name, f"services.{name}", {"OPS_PORT": str(port)})
+        wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes[name])
 
     def _start(self, name: str, module: str, environment: dict[str, str]) -> None:
         log = (self._folder / f"{name}.log").open("ab")
@@ -124,6 +130,7 @@ def running_stack() -> Iterator[Stack]:
                 "REDIS_URL": servers.redis_url,
                 "ROUNDHOUSE_MODEL_STORE": str(folder / "store"),
                 "ROUNDHOUSE_MODEL_IMPORT_DIR": str(main_layout().models),
+                "ROUNDHOUSE_FILE_STORE": str(folder / "files"),
                 "ROUNDHOUSE_ADMIN_KEY": "sk-rh-" + secrets.token_urlsafe(32),
                 "TEAM_REQUESTS_PER_S": "100000",
                 "TEAM_BURST": "100000",

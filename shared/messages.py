@@ -474,6 +474,35 @@ class SetTeamTerms(Command, frozen=True, tag="terms.set.v1"):
     """What a postpaid team may owe; None: any amount."""
 
 
+# ---- batches: gateway -> batch service
+
+
+class CreateBatch(Command, frozen=True, tag="batch.create.v1"):
+    """Run the lines of a file of the team's. The gateway has checked the shape of every field."""
+
+    team_id: str
+    key_id: str
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: str
+    """As the client wrote it."""
+    completion_window_s: int
+    metadata: dict[str, str] = {}
+    output_expires_after_s: int | None = None
+
+
+class CancelBatch(Command, frozen=True, tag="batch.cancel.v1"):
+    team_id: str
+    batch_id: str
+
+
+class DeleteBatchFile(Command, frozen=True, tag="batch.delete_file.v1"):
+    """Delete a file that a batch wrote."""
+
+    team_id: str
+    file_id: str
+
+
 # ---- scheduler <-> node agent <-> worker
 
 
@@ -634,6 +663,7 @@ SchedulerCommand = (
     | DeleteResource
 )
 BillingCommand = SetPrice | SetRate | WithdrawPrice | GrantCredit | SetTeamTerms
+BatchCommand = CreateBatch | CancelBatch | DeleteBatchFile
 
 M = TypeVar("M")
 

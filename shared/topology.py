@@ -68,6 +68,11 @@ def job_queues(resource_id: str, *, pool: bool) -> list[Queue]:
     return [job_queue(resource_id, "live", shard) for shard in shards] + [job_queue(resource_id, "batch")]
 
 
+def batch_queue_for(resource_id: str) -> Queue:
+    """The queue that lines of batches go to; whose line is next was decided before."""
+    return job_queue(resource_id, "batch")
+
+
 def live_queue_for(resource_id: str, team_id: str, *, pool: bool) -> Queue:
     """The live queue that this team's jobs go to."""
     if not pool:
@@ -104,6 +109,7 @@ def scheduler_events(instance_id: str) -> Queue:
 
 SCHEDULER_COMMANDS = _classic("commands.v1.scheduler", ttl_ms=30_000, max_length=10_000)
 BILLING_COMMANDS = _classic("commands.v1.billing", ttl_ms=30_000, max_length=10_000)
+BATCH_COMMANDS = _classic("commands.v1.batch", ttl_ms=30_000, max_length=10_000)
 BILLING_EVENTS = _quorum(
     "events.v1.billing",
     max_length=5_000_000,
@@ -127,5 +133,5 @@ DEAD = Queue(
     },
 )
 
-STATIC_QUEUES = (DEAD, SCHEDULER_COMMANDS, BILLING_COMMANDS, BILLING_EVENTS, ALARMS)
+STATIC_QUEUES = (DEAD, SCHEDULER_COMMANDS, BILLING_COMMANDS, BATCH_COMMANDS, BILLING_EVENTS, ALARMS)
 """Declared by every service at start, so that their order of start does not matter."""

@@ -23,6 +23,7 @@ class Ports:
     gateway_ops: int
     scheduler_ops: int
     billing_ops: int
+    batch_ops: int
     agent_ops: int
     payments_http: int
     payments_ops: int

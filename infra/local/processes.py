@@ -34,6 +34,8 @@ PASSED_ON = (
         "UPLOAD*",
         "GATEWAY_*",
         "BILLING_*",
+        "BATCH_*",
+        "AWS_*",
         "DRAIN_TIMEOUT_S",
     ),
 )
@@ -125,8 +127,9 @@ def service_specs(
 ) -> list[ProcessSpec]:
     """Migrations, then the services.
 
-    Stopped in this order: gateway (finishes what it has accepted, which needs the workers), scheduler (so that it
-    starts no worker for one that leaves), node agent with its workers, billing (books the last events), servers.
+    Stopped in this order: gateway (finishes what it has accepted, which needs the workers), batch (what it has out runs
+    again later) and scheduler (so that it starts no worker for one that leaves), node agent with its workers, billing
+    (books the last events), servers.
     """
     common = {
         "DRAIN_TIMEOUT_S": f"{DRAIN_TIMEOUT_S:g}",
@@ -135,6 +138,7 @@ def service_specs(
         "ROUNDHOUSE_HOME": str(layout.home),
         "ROUNDHOUSE_MODEL_STORE": str(layout.home / "store"),
         "ROUNDHOUSE_MODEL_IMPORT_DIR": str(layout.models),
+        "ROUNDHOUSE_FILE_STORE": environ.get("ROUNDHOUSE_FILE_STORE") or str(layout.home / "files"),
     }
     server_names = tuple(spec.name for spec in servers)
     database = tuple(name for name in server_names if name == "postgres")
@@ -172,15 +176,19 @@ def service_specs(
         ),
         service("gateway", "services.gateway", ports.gateway_ops, env=gateway_env),
         service("scheduler", "services.scheduler", ports.scheduler_ops, stop_after=("gateway",)),
+        service("batch", "services.batch", ports.batch_ops, stop_after=("gateway",)),
         service(
             "agent",
             "services.worker.agent",
             ports.agent_ops,
             env={"ROUNDHOUSE_NODE_ID": NODE_ID},
-            stop_after=("gateway", "scheduler"),
+            stop_after=("gateway", "scheduler", "batch"),
             stop_deadline_s=DRAIN_TIMEOUT_S + 20.0,  # its workers drain first
         ),
         service(
-            "billing", "services.billing", ports.billing_ops, stop_after=("gateway", "scheduler", "agent")
+            "billing",
+            "services.billing",
+            ports.billing_ops,
+            stop_after=("gateway", "scheduler", "batch", "agent"),
         ),
     ]

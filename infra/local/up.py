@@ -25,7 +25,7 @@ from infra.local.supervisor import SUPERVISOR_LOG, log_path
 START_LIMIT_S = 180.0
 # A process that dies this often in a row without ever being ready will not come up by itself.
 GIVE_UP_AFTER_FAILURES = 3
-# The supervisor's own worst case: gateway 25 s, scheduler 25, agent 40, billing 25, servers 20.
+# The supervisor's own worst case: gateway 25 s, scheduler and batch 25, agent 40, billing 25, servers 20.
 DOWN_LIMIT_S = 150.0
 LEAST_FREE_BYTES = 500 * 1024**2
 POLL_S = 0.1

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import chat, models, resources, usage
+from services.cli import batch, chat, models, resources, usage
 from services.cli.client import CliError
 from services.cli.output import print_error
 from shared.settings import SettingsError
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(resources.app, name="resources")
 app.add_typer(models.app, name="models")
+app.add_typer(batch.app, name="batch")
 app.command()(chat.chat)
 app.command()(usage.usage)
 

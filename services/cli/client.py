@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
+import secrets
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from services.cli.settings import Server
 
@@ -16,6 +19,7 @@ PAGE_ITEMS = 100
 TIMEOUT_S = 600.0
 """Longer than the gateway's deadline of an answer (300 s): it is the gateway that says that a request took too long."""
 MAX_LINE_BYTES = 1 << 20
+PIECE_BYTES = 256 * 1024
 
 
 class CliError(Exception):
@@ -73,6 +77,40 @@ class ApiClient:
                     raise CliError(_words_of(event))
                 yield event
 
+    def upload(self, path: str, file: Path, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Send a file in a form, piece by piece: it may be larger than what fits in memory."""
+        boundary = secrets.token_hex(16)
+        parts = [
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in fields.items()
+        ]
+        name = re.sub(r'[^\x20-\x7e]|["\\]', "_", file.name)
+        parts.append(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        )
+        head, tail = "".join(parts).encode(), f"\r\n--{boundary}--\r\n".encode()
+        try:
+            with file.open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                headers = {
+                    "Content-Type": f"multipart/form-data; boundary={boundary}",
+                    "Content-Length": str(len(head) + size + len(tail)),
+                }
+                with self._send("POST", path, {}, _pieces(head, opened, tail), headers) as answer:
+                    raw = answer.read()
+        except FileNotFoundError as error:
+            raise CliError(f"there is no file {file}") from error
+        except IsADirectoryError as error:
+            raise CliError(f"{file} is a folder") from error
+        return _decode(raw, self.url)
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """The bytes of a file, or of an answer that is no JSON object, in pieces."""
+        with self._open("GET", path, {}, None) as answer:
+            while piece := answer.read(PIECE_BYTES):
+                yield piece
+
     def _json(
         self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -80,19 +118,28 @@ class ApiClient:
             raw = answer.read()
         return _decode(raw, self.url) if raw else {}
 
-    @contextmanager
     def _open(
         self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None
+    ) -> AbstractContextManager[http.client.HTTPResponse]:
+        if body is None:
+            return self._send(method, path, query, None, {})
+        headers = {"Content-Type": "application/json"}
+        return self._send(method, path, query, json.dumps(body).encode(), headers)
+
+    @contextmanager
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str | None],
+        payload: bytes | Iterator[bytes] | None,
+        more_headers: Mapping[str, str],
     ) -> Iterator[http.client.HTTPResponse]:
         asked = {name: value for name, value in query.items() if value is not None}
         if self._team is not None and path.startswith("/api/"):
             asked["team"] = self._team
         target = self._parts.path + path + ("?" + urllib.parse.urlencode(asked) if asked else "")
-        headers = {"Authorization": f"Bearer {self._key}", "Accept": "application/json"}
-        payload = None
-        if body is not None:
-            payload = json.dumps(body).encode()
-            headers["Content-Type"] = "application/json"
+        headers = {"Authorization": f"Bearer {self._key}", "Accept": "application/json", **more_headers}
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname or "", self._parts.port, timeout=TIMEOUT_S)
         try:
@@ -105,6 +152,13 @@ class ApiClient:
             raise CliError(f"{self.url} cannot be reached: {error}") from error
         finally:
             connection.close()
+
+
+def _pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
+    yield head
+    while piece := file.read(PIECE_BYTES):
+        yield piece
+    yield tail
 
 
 def _has_good_port(parts: urllib.parse.SplitResult) -> bool:

@@ -9,6 +9,8 @@ import structlog
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from services.gateway import admission, edge, keys, management, public
+from services.gateway.batches import batch_routes, file_routes
+from services.gateway.batches.tables import Tables
 from services.gateway.commands import CommandCaller
 from services.gateway.hub import FETCHES_AT_ONCE, Hub
 from services.gateway.inference import http as inference
@@ -32,6 +34,7 @@ from services.gateway.wire import WireSite
 from shared import telemetry
 from shared.broker import Broker
 from shared.database import Database
+from shared.file_store import FileStore
 from shared.ids import new_id
 from shared.inference.tokenizers_pool import TokenizerPool
 from shared.outcomes import Unavailable
@@ -87,7 +90,15 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     generation = inference.InferenceDeps(
         route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
     )
-    specs = [*inference.routes(generation), *management.routes(api), *public.routes(life.not_ready)]
+    batches = file_routes.FileDeps(Tables(database), FileStore(settings.file_store), commands)
+    life.group.create_task(file_routes.sweep_files(batches.tables, batches.files))
+    specs = [
+        *inference.routes(generation),
+        *file_routes.routes(batches),
+        *batch_routes.routes(batches, store),
+        *management.routes(api),
+        *public.routes(life.not_ready),
+    ]
     if settings.webhook_secrets:
         specs += PaymentWebhook(store, broker, settings.webhook_secrets).routes()
     limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)

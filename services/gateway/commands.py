@@ -91,6 +91,8 @@ class CommandCaller:
 _STATUS = {
     "not_found": 404,
     "resource_not_found": 404,
+    "file_not_found": 404,
+    "too_many_batches": 429,
     "invalid_price": 400,
     "invalid_rate": 400,
     "invalid_option": 400,

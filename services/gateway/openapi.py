@@ -98,9 +98,9 @@ def _operation(spec: RouteSpec) -> dict[str, Any]:
     if spec.request_schema is not None:
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": spec.request_schema}},
+            "content": {spec.request_content_type: {"schema": spec.request_schema}},
         }
-    if spec.max_body_bytes is not None:
+    elif spec.max_body_bytes is not None:
         operation["requestBody"] = {
             "required": True,
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},

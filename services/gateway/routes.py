@@ -51,6 +51,7 @@ class RouteSpec:
     query: Mapping[str, Schema] = field(default_factory=dict)
     """Query parameters that the route knows; `/api` refuses all others."""
     tag: str = "inference"
+    request_content_type: str = "application/json"
 
     @property
     def template(self) -> str:

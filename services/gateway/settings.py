@@ -15,6 +15,8 @@ class GatewaySettings(CommonSettings):
     admin_key: str = env("ROUNDHOUSE_ADMIN_KEY", secret=True)
     model_store: Path = env("ROUNDHOUSE_MODEL_STORE")  # noqa: RUF009 (env makes a field)
     model_import_dir: Path = env("ROUNDHOUSE_MODEL_IMPORT_DIR")  # noqa: RUF009
+    file_store: str = env("ROUNDHOUSE_FILE_STORE")
+    """Where files of teams lie: a folder, or `s3://bucket/prefix`."""
     http_host: str = env("HTTP_HOST", "127.0.0.1")
     http_port: int = env("HTTP_PORT", 8080, low=0, high=65535)
     public_url: str | None = env("PUBLIC_URL", None)

@@ -12,7 +12,6 @@ from services.scheduler.desired import Desired
 from services.scheduler.fleet import Fleet
 from services.scheduler.handlers import CommandHandler, ReportListener
 from services.scheduler.leader import Leader
-from services.scheduler.lease import Lease
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.queue_depths import QueueDepths
 from services.scheduler.residency_keeper import ResidencyKeeper
@@ -23,6 +22,7 @@ from shared import topology
 from shared.broker import Broker
 from shared.database import Database
 from shared.ids import new_id
+from shared.lease import Lease
 from shared.messages import Alarm, FleetEvent, SchedulerCommand
 from shared.outcomes import Unavailable
 from shared.runtime import Lifetime, run

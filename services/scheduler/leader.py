@@ -22,7 +22,6 @@ from services.scheduler.actions import (
 )
 from services.scheduler.fleet import Fleet, Watch
 from services.scheduler.handlers import delete_job_queues
-from services.scheduler.lease import Fenced, Lease
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.scaling_keeper import ScalingKeeper
@@ -40,6 +39,7 @@ from services.scheduler.views import Limits, PlaceView
 from services.scheduler.writes import StaleView
 from shared import topology
 from shared.broker import Broker
+from shared.lease import Fenced, Lease
 from shared.messages import DrainWorker, Message, StartWorker, StopWorker, WorkerSpec
 from shared.outcomes import Unavailable
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from services.scheduler.lease import Lease
 from services.scheduler.snapshot import Stored
 from services.scheduler.worker_models import ModelKey, ModelRow, update_rows
 from shared.database import Database
+from shared.lease import Lease
 from shared.messages import WorkerReport
 
 _LOAD = """

@@ -20,12 +20,12 @@ from services.scheduler.actions import (
     SetBounds,
     SetResource,
 )
-from services.scheduler.lease import Lease
 from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Stored, StoredPlace, StoredResource
 from services.scheduler.views import ResourceView
 from services.scheduler.writes import StaleView, write
 from shared.database import Connection, Database
+from shared.lease import Lease
 from shared.messages import ModelRef, NodeReport, ScalingWindow
 
 LOAD_TIMEOUT_S = (

@@ -10,7 +10,7 @@ import msgspec
 
 from shared.inference.parameters import MAX_SEED, GenerationRequest
 from shared.inference.principal import ModelView, Principal, Route
-from shared.messages import BillingMode, GenerateJob, ModelRef, SamplingParams, WeightsRef
+from shared.messages import BillingMode, GenerateJob, ModelRef, SamplingParams, WeightsRef, WorkClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class JobContext:
     owner_queue: str
     accepted_unix_ms: int
     deadline_s: float
+    work_class: WorkClass = "live"
 
 
 def build_jobs(
@@ -69,7 +70,7 @@ def shared_fields(context: JobContext) -> dict[str, Any]:
         "key_id": context.principal.key_id,
         "resource_id": context.route.resource.resource_id,
         "billing": billing,
-        "work_class": "live",
+        "work_class": context.work_class,
         "model_type": model.model_type,
         "model": ModelRef(
             model_id=model.model_id,

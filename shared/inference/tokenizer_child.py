@@ -25,6 +25,7 @@ from shared.inference.tokenizer_protocol import (
     Decode,
     Done,
     EncodeChat,
+    EncodeChats,
     EncodeTexts,
     EncodeWords,
     Load,
@@ -72,6 +73,9 @@ class Child:
                 return Tokens([ids for word in words for ids in loaded.encode_word(word)])
             case EncodeChat(folder, messages):
                 return Tokens([self._loaded[folder].encode_chat(messages)])
+            case EncodeChats(folder, conversations):
+                loaded = self._loaded[folder]
+                return Tokens([loaded.encode_chat(messages) for messages in conversations])
             case Decode(folder, token_lists):
                 loaded = self._loaded[folder]
                 return Texts([loaded.decode(tokens) for tokens in token_lists])

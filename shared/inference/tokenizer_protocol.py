@@ -47,6 +47,12 @@ class EncodeChat(Question, frozen=True, tag="encode_chat"):
     messages: list[dict[str, str]]
 
 
+class EncodeChats(Question, frozen=True, tag="encode_chats"):
+    """Many conversations at once: a question for each would cost more than its answer."""
+
+    conversations: list[list[dict[str, str]]]
+
+
 class Decode(Question, frozen=True, tag="decode"):
     token_lists: list[list[int]]
 
@@ -80,7 +86,7 @@ class Refused(msgspec.Struct, frozen=True, tag_field="op", tag="refused"):
     message: str
 
 
-AnyQuestion = Load | Unload | EncodeTexts | EncodeWords | EncodeChat | Decode | SpellTokens
+AnyQuestion = Load | Unload | EncodeTexts | EncodeWords | EncodeChat | EncodeChats | Decode | SpellTokens
 Answer = Tokens | Texts | Spellings | Done | Refused
 
 encoder = msgspec.json.Encoder()

@@ -31,6 +31,7 @@ from shared.inference.tokenizer_protocol import (
     Decode,
     Done,
     EncodeChat,
+    EncodeChats,
     EncodeTexts,
     EncodeWords,
     Load,
@@ -51,7 +52,7 @@ BUSY_RETRY_S = 1
 RESPAWN_PAUSE_S = 0.5
 SPELLED_MODELS = 8
 
-_Query = EncodeTexts | EncodeWords | EncodeChat | Decode | SpellTokens
+_Query = EncodeTexts | EncodeWords | EncodeChat | EncodeChats | Decode | SpellTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,18 @@ class TokenizerPool:
 
     async def encode_chat(self, folder: str, messages: Sequence[ChatMessage]) -> list[int]:
         """Token ids of the conversation in the model's template. Raises ApiError."""
-        plain = [
-            {"role": m.role, "content": m.content} | ({"name": m.name} if m.name else {}) for m in messages
-        ]
-        answer = await self._ask(EncodeChat(folder, plain), "messages")
+        answer = await self._ask(EncodeChat(folder, _plain(messages)), "messages")
         assert isinstance(answer, Tokens)
         return answer.token_lists[0]
+
+    async def encode_chats(
+        self, folder: str, conversations: Sequence[Sequence[ChatMessage]]
+    ) -> list[list[int]]:
+        """The same for many at once. Raises ApiError if one of them is refused, without saying which."""
+        plain = [_plain(messages) for messages in conversations]
+        answer = await self._ask(EncodeChats(folder, plain), "messages")
+        assert isinstance(answer, Tokens)
+        return answer.token_lists
 
     async def decode(self, folder: str, token_lists: Sequence[Sequence[int]]) -> list[str]:
         """The text of each list of token ids, control tokens by their names. Raises ApiError."""
@@ -284,6 +291,10 @@ class _Child:
         if process.returncode is None:
             process.kill()
         return await process.wait()
+
+
+def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} | ({"name": m.name} if m.name else {}) for m in messages]
 
 
 def _busy() -> ApiError:

@@ -21,6 +21,7 @@ import opentelemetry.sdk.environment_variables as otel_variables
 import pytest
 
 from infra.docker.demo import DemoSettings
+from services.batch.settings import BatchSettings
 from services.billing.settings import BillingSettings
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
@@ -37,11 +38,12 @@ OURS: dict[str, tuple[type, ...]] = {
     "gateway": (GatewaySettings,),
     "scheduler": (SchedulerSettings,),
     "billing": (BillingSettings,),
+    "batch": (BatchSettings,),
     "agent": (AgentSettings, WorkerSettings),
     "agent-gpu": (AgentSettings, WorkerSettings),
     "demo": (DemoSettings,),
 }
-SERVICES = ("gateway", "scheduler", "billing", "agent", "agent-gpu")
+SERVICES = ("gateway", "scheduler", "batch", "billing", "agent", "agent-gpu")
 ONE_SHOTS = ("migrate", "demo")
 # Their images hold one program and no shell, so nothing can ask from inside: Prometheus scrapes them (TargetDown).
 NOTHING_TO_ASK_WITH = ("otel-collector", "tempo")
@@ -343,6 +345,7 @@ def test_containers_stop_in_the_order_in_which_they_need_each_other(
         assert set(order[index + 1 :]) <= needs(name), name
         assert "rabbitmq" in needs(name) or name == "postgres"
     assert "agent-gpu" in needs("scheduler")
+    assert {"agent", "agent-gpu", "billing"} <= needs("batch") and "batch" in needs("gateway")
 
 
 def test_only_the_gateway_and_grafana_are_published_and_only_on_loopback(compose: dict[str, Any]) -> None:

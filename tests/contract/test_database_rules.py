@@ -12,16 +12,25 @@ from typing import TypeAlias
 import asyncpg
 import pytest
 
+from services.batch.states import BATCH_TRANSITIONS
 from services.scheduler.states import PLACE_TRANSITIONS, RESOURCE_TRANSITIONS, PlaceState, ResourceState
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 EPOCH = 7
-ROLES = ("roundhouse_gateway", "roundhouse_scheduler", "roundhouse_billing", "roundhouse_audit")
+ROLES = (
+    "roundhouse_gateway",
+    "roundhouse_scheduler",
+    "roundhouse_batch",
+    "roundhouse_billing",
+    "roundhouse_audit",
+)
 # Of the tables that an owner may do more with than SELECT, INSERT and (but for billing) UPDATE.
 DELETES = {
     "gateway.outbox",
+    "gateway.model_uploads",
+    "gateway.upload_files",
     "gateway.idempotency_keys",
     "gateway.model_uploads",
     "gateway.upload_files",
@@ -38,6 +47,9 @@ DELETES = {
     "billing.request_costs",
     "billing.hour_costs",
     "billing.command_results",
+    "batch.outbox",
+    "batch.command_results",
+    "batch.lines",
 }
 BILLING_UPDATES = {
     "billing.requests",
@@ -50,6 +62,21 @@ BILLING_UPDATES = {
 """Of prices and rates only that they were withdrawn."""
 KEPT_BY_TRIGGERS = {"billing.balances"}
 FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
+# Views that hold a team's text, or say where it lies: for those who need them.
+FOR_SOME = {
+    "batch_api.files_v1": {"gateway"},
+    "batch_api.results_v1": {"gateway"},
+    "gateway_api.files_v1": {"batch"},
+    "gateway_api.model_revisions_v1": {"batch"},
+}
+FOR_BATCH = {
+    "gateway_api.teams_v1",
+    "scheduler_api.resources_v1",
+    "billing_api.prices_v1",
+    "billing_api.spendable_v1",
+    "batch_api.batches_v1",
+}
+"""All that the batch service reads of the views that everybody else has."""
 
 
 @pytest.fixture
@@ -86,6 +113,10 @@ NO_PRIVILEGE = "42501"
 def _expected(role: str, relation: str) -> set[str]:
     owner = role.removeprefix("roundhouse_")
     schema = relation.partition(".")[0]
+    if relation in FOR_SOME:
+        return {"SELECT"} if owner in FOR_SOME[relation] else set()
+    if schema.endswith("_api") and owner == "batch":
+        return {"SELECT"} if relation in FOR_BATCH else set()
     if schema.endswith("_api"):
         return {"SELECT"} if owner == "audit" or relation not in FOR_AUDIT_ALONE else set()
     if schema != owner:
@@ -107,7 +138,7 @@ async def test_a_role_has_exactly_the_rights_it_is_meant_to_have(connection: Con
                         WHERE has_table_privilege($1, c.oid, p) OR CASE WHEN p IN ('DELETE', 'TRUNCATE', 'TRIGGER')
                             THEN false ELSE has_any_column_privilege($1, c.oid, p) END) AS rights
            FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-           WHERE n.nspname ~ '^(gateway|scheduler|billing)(_api)?$' AND c.relkind IN ('r', 'v', 'm', 'p')""",
+           WHERE n.nspname ~ '^(gateway|scheduler|billing|batch)(_api)?$' AND c.relkind IN ('r', 'v', 'm', 'p')""",
         role,
     )
     assert len(rows) > 30
@@ -144,6 +175,11 @@ async def test_a_role_makes_no_tables_and_has_no_power_over_others(connection: C
         ("gateway", "SELECT * FROM billing_api.ledger_v1"),
         ("scheduler", "SELECT secret_sha256 FROM gateway.api_keys"),
         ("scheduler", "UPDATE gateway.teams SET suspended = false"),
+        ("gateway", "UPDATE batch.batches SET state = 'completed'"),
+        ("gateway", "SELECT * FROM batch.lines"),
+        ("batch", "UPDATE gateway.files SET bytes = 0"),
+        ("batch", "SELECT secret_sha256 FROM gateway.api_keys"),
+        ("audit", "SELECT * FROM batch_api.results_v1"),
         ("billing", "UPDATE billing.entries SET amount_nanousd = 1"),
         ("billing", "DELETE FROM billing.entries"),
         ("billing", "UPDATE billing.transactions SET team_id = 'x'"),
@@ -623,3 +659,48 @@ async def test_an_hour_has_at_most_sixty_minutes(
 ) -> None:
     sql = "INSERT INTO billing.minute_charges VALUES ('res_1', 0, $1, 50000000, 'team_1', $2, 1, 1)"
     assert await attempt(connection, sql, hour, minutes) == refusal
+
+
+# ---- batches
+
+
+@pytest.fixture
+async def batch(connection: Connection) -> str:
+    await connection.execute(
+        """INSERT INTO batch.batches (batch_id, team_id, key_id, endpoint, input_file_id, input_path, completion_window,
+                                      metadata, total, expires_at)
+           VALUES ('batch_1', 'team_1', 'key_1', '/v1/completions', 'file_1', 'p', '24h', '{}', 2, now())"""
+    )
+    await connection.execute(
+        "INSERT INTO batch.lines (batch_id, line, custom_id, byte_offset, byte_length) VALUES ('batch_1', 1, 'a', 0, 9)"
+    )
+    return "batch_1"
+
+
+@pytest.mark.parametrize("state", BATCH_TRANSITIONS)
+async def test_a_batch_makes_the_moves_of_its_table_only(
+    connection: Connection, batch: str, state: str
+) -> None:
+    await connection.execute("ALTER TABLE batch.batches DISABLE TRIGGER batch_state")
+    await connection.execute("UPDATE batch.batches SET state = $1", state)
+    await connection.execute("ALTER TABLE batch.batches ENABLE TRIGGER batch_state")
+    for to in BATCH_TRANSITIONS:
+        trial = connection.transaction()
+        await trial.start()
+        refusal = await attempt(connection, "UPDATE batch.batches SET state = $1", to)
+        await trial.rollback()
+        legal = to == state or to in BATCH_TRANSITIONS[state]
+        assert refusal == (None if legal else CHECK_VIOLATION), (state, to)
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled", "expired"])
+async def test_a_line_ends_once(connection: Connection, batch: str, end: str) -> None:
+    for state in ("running", "queued", "running", end):
+        assert await attempt(connection, "UPDATE batch.lines SET state = $1", state) is None
+    for state in ("queued", "running", "succeeded", "failed", "cancelled", "expired"):
+        assert await attempt(connection, "UPDATE batch.lines SET state = $1", state) == CHECK_VIOLATION
+
+
+async def test_a_batch_counts_no_more_lines_than_it_has(connection: Connection, batch: str) -> None:
+    assert await attempt(connection, "UPDATE batch.batches SET completed = 1, failed = 1") is None
+    assert await attempt(connection, "UPDATE batch.batches SET completed = 2") == CHECK_VIOLATION

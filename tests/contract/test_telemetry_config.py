@@ -293,7 +293,7 @@ def test_spans_and_pushed_metrics_go_where_the_collector_and_tempo_listen(
     }
     assert {address.netloc for address in sent_to.values()} == {f"otel-collector:{listening}"}
     assert {name for name, variable in sent_to if variable == "OTEL_EXPORTER_OTLP_ENDPOINT"} == {
-        *("gateway", "scheduler", "billing", "agent", "agent-gpu")
+        *("gateway", "scheduler", "batch", "billing", "agent", "agent-gpu")
     }
     # Others are scraped: what is both pushed and scraped would count twice.
     pushing = {name: address.path for (name, variable), address in sent_to.items() if "METRICS" in variable}

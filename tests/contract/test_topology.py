@@ -56,6 +56,7 @@ READERS = {
     "ALARMS": "scheduler",
     "BILLING_COMMANDS": "billing",
     "BILLING_EVENTS": "billing",
+    "BATCH_COMMANDS": "batch",
     "job_queues": "worker",
     "worker_commands": "worker",
     "node_commands": "worker/agent",

@@ -23,7 +23,6 @@ from services.scheduler.actions import (
     SetResource,
 )
 from services.scheduler.desired import Desired
-from services.scheduler.lease import Fenced, Lease
 from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Heard, Memory, StoredPlace, decide_all
 from services.scheduler.states import PlaceState, ResourceState
@@ -32,6 +31,7 @@ from services.scheduler.views import Limits
 from services.scheduler.writes import StaleView
 from shared.database import Database
 from shared.ids import new_id
+from shared.lease import Fenced, Lease
 from shared.messages import (
     CommandResult,
     CreateOption,

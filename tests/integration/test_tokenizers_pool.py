@@ -63,6 +63,16 @@ async def test_words_are_spelled_by_the_children(tmp_path: Path) -> None:
         assert [await pool.decode("good", [ids]) for ids in spelled] == [["a"], [" a"], [" b"]]
 
 
+async def test_many_conversations_get_what_each_gets_alone(tmp_path: Path) -> None:
+    async with running(make_store(tmp_path), PoolLimits(children=1)) as pool:
+        conversations = [(ChatMessage("user", text),) for text in ("one", "two <|end|>", "")]
+        alone = [await pool.encode_chat("good", messages) for messages in conversations]
+        assert await pool.encode_chats("good", conversations) == alone
+        with pytest.raises(ApiError) as caught:
+            await pool.encode_chats("plain", conversations)
+        assert caught.value.code == "chat_template_missing"
+
+
 async def test_bad_models_and_endless_templates_are_refused_and_the_pool_goes_on(tmp_path: Path) -> None:
     before = children_of_this_process()
     limits = PoolLimits(children=1, call_s=0.4, models_per_child=2, memory_bytes=1024**3)

@@ -32,13 +32,14 @@ def test_services_stop_before_what_they_need(tmp_path: Path) -> None:
     position = {name: index for index, group in enumerate(order) for name in group}
     chain = ["gateway", "scheduler", "agent", "billing", "rabbitmq", "epmd"]
     assert [position[name] for name in chain] == sorted({position[name] for name in chain})
+    assert position["gateway"] < position["batch"] < position["agent"]
     assert all(position["billing"] < position[server] for server in ("postgres", "redis", "rabbitmq"))
 
 
 def test_a_server_that_the_environment_names_is_used_and_not_started(tmp_path: Path) -> None:
     named = {"DATABASE_URL": "postgresql://u:p@db/x", "REDIS_URL": "redis://r", "AMQP_URL": "amqp://a"}
     specs = all_specs(tmp_path, named)
-    assert set(specs) == {"migrations", "gateway", "scheduler", "agent", "billing", "payments"}
+    assert set(specs) == {"migrations", "gateway", "scheduler", "batch", "agent", "billing", "payments"}
     for spec in [spec for name, spec in specs.items() if name != "payments"]:
         assert {name: spec.env[name] for name in named} == named
         assert "AMQP_MANAGEMENT_URL" not in spec.env
@@ -48,7 +49,7 @@ def test_each_process_has_its_own_port_and_only_the_gateway_gets_the_admin_key(t
     specs = all_specs(
         tmp_path, {"ROUNDHOUSE_ADMIN_KEY": "from the shell", "ROUNDHOUSE_API_KEY": "k", "SECRET_OF_MINE": "x"}
     )
-    services = [specs[name] for name in ("gateway", "scheduler", "agent", "billing")]
+    services = [specs[name] for name in ("gateway", "scheduler", "batch", "agent", "billing")]
     assert len({spec.env["OPS_PORT"] for spec in services}) == len(services)
     assert specs["gateway"].env["ROUNDHOUSE_ADMIN_KEY"] == "sk-rh-admin"
     assert specs["gateway"].env["HTTP_PORT"] == str(PORTS.gateway_http)

@@ -109,6 +109,11 @@ class InProcessTokenizers:
     async def encode_chat(self, folder: str, messages: Sequence[ChatMessage]) -> list[int]:
         return self.loaded.encode_chat([{"role": m.role, "content": m.content} for m in messages])
 
+    async def encode_chats(
+        self, folder: str, conversations: Sequence[Sequence[ChatMessage]]
+    ) -> list[list[int]]:
+        return [await self.encode_chat(folder, messages) for messages in conversations]
+
     async def decode(self, folder: str, token_lists: Sequence[Sequence[int]]) -> list[str]:
         return [self.loaded.decode(tokens) for tokens in token_lists]
 
