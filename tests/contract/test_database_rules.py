@@ -29,8 +29,6 @@ ROLES = (
 # Of the tables that an owner may do more with than SELECT, INSERT and (but for billing) UPDATE.
 DELETES = {
     "gateway.outbox",
-    "gateway.model_uploads",
-    "gateway.upload_files",
     "gateway.idempotency_keys",
     "gateway.model_uploads",
     "gateway.upload_files",

@@ -111,7 +111,7 @@ def test_no_secret_is_on_a_command_line_or_in_a_repr(tmp_path: Path) -> None:
 
 def test_every_command_that_runs_a_module_of_ours_names_one_that_exists(tmp_path: Path) -> None:
     modules = [spec.command[2] for spec in all_specs(tmp_path, {}).values() if spec.command[1:2] == ("-m",)]
-    assert len(modules) == 6
+    assert len(modules) == 7
     for module in modules:
         assert importlib.util.find_spec(module) is not None, module
 
