@@ -433,6 +433,29 @@ class DeleteResource(Command, frozen=True, tag="resource.delete.v1"):
     resource_id: str
 
 
+class PinModel(Command, frozen=True, tag="resource.pin_model.v1"):
+    """Keep a model resident on so many workers; None: on every one. Replaces an earlier pin of the model."""
+
+    team_id: str
+    resource_id: str
+    model_id: str
+    copies: int | None
+
+
+class UnpinModel(Command, frozen=True, tag="resource.unpin_model.v1"):
+    team_id: str
+    resource_id: str
+    model_id: str
+
+
+class PreloadModel(Command, frozen=True, tag="resource.preload_model.v1"):
+    """Load a model once on every worker, when no work waits there."""
+
+    team_id: str
+    resource_id: str
+    model_id: str
+
+
 class SetPrice(Command, frozen=True, tag="price.set.v1"):
     """Platform only. Price version of a model type's tokens from `starts_unix_ms` on."""
 
@@ -506,6 +529,24 @@ class DeleteBatchFile(Command, frozen=True, tag="batch.delete_file.v1"):
 # ---- scheduler <-> node agent <-> worker
 
 
+class PreloadAsked(Part, frozen=True):
+    """Asked for once: what was loaded for it and has gone since is not loaded again."""
+
+    model: ModelRef
+    asked_unix_ms: int
+
+
+class PinSet(Part, frozen=True):
+    """Models that one worker has to hold, and those it shall load when no work waits. version: of the whole set, empty of none."""
+
+    version: str
+    pinned: list[ModelRef] = []
+    preload: list[PreloadAsked] = []
+
+
+NO_PINS = PinSet(version="")
+
+
 class WorkerSpec(Part, frozen=True):
     """All that a worker process needs to know of its place; handed to it as one JSON argument."""
 
@@ -521,7 +562,8 @@ class WorkerSpec(Part, frozen=True):
     max_context_tokens: int
     kv_tokens: int
     preload: list[ModelRef] = []
-    """Models to have resident before the worker says that it is ready; the first come first, as memory allows."""
+    """The likeliest models; one is resident before the worker says that it is ready, the others follow as memory allows."""
+    pins: PinSet = NO_PINS
 
 
 class StartWorker(Message, frozen=True, tag="node.start_worker.v1"):
@@ -547,6 +589,14 @@ class DrainWorker(Message, frozen=True, tag="worker.drain.v1"):
 
     worker_id: str
     incarnation: str
+
+
+class SetPins(Message, frozen=True, tag="worker.set_pins.v1"):
+    """Replaces the worker's set. Sent again whenever the worker reports another version."""
+
+    worker_id: str
+    incarnation: str
+    pins: PinSet
 
 
 class NodeDevice(Part, frozen=True):
@@ -620,6 +670,11 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     """All that are not absent; bounded, those used last first."""
     history: list[ModelHistory] = []
     """Bounded, those that changed last first: whoever reads it keeps what it was told of the others."""
+    model_memory_bytes: int = 0
+    pins_version: str = ""
+    pinned: list[tuple[str, int]] = []
+    """(model id, revision), whether resident or not."""
+    preload: list[tuple[str, int]] = []
     detail: str = ""
     running_sequences: int = 0
     waiting_jobs: int = 0
@@ -646,7 +701,7 @@ class ModelDamaged(Message, frozen=True, tag="worker.model_damaged.v1"):
 
 JobQueueMessage = GenerateJob | EmbedJob
 ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | CommandResult
-WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker
+WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker | SetPins
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
 PaymentFact = PaymentReported
@@ -656,11 +711,12 @@ SchedulerCommand = (
     CreateOption
     | CreateResource
     | ScaleResource
-    | SetScaling
-    | SetQuota
     | TurnOnResource
     | TurnOffResource
     | DeleteResource
+    | PinModel
+    | UnpinModel
+    | PreloadModel
 )
 BillingCommand = SetPrice | SetRate | WithdrawPrice | GrantCredit | SetTeamTerms
 BatchCommand = CreateBatch | CancelBatch | DeleteBatchFile

@@ -217,6 +217,8 @@ class StandIn:
         )
         if row is None:
             return self._no(command, "not_found")
+        if isinstance(command, messages.PinModel | messages.UnpinModel | messages.PreloadModel):
+            return await self._pin(sql, command, row["fixed_count"])
         if isinstance(command, messages.DeleteResource) and row["state"] != "off":
             return self._no(command, "resource_not_off")
         if isinstance(command, messages.TurnOffResource):
@@ -246,6 +248,21 @@ class StandIn:
         await sql.execute(
             f"UPDATE scheduler.resources SET {change} WHERE resource_id = $1", command.resource_id
         )
+        return CommandResult(command_id=command.command_id, ok=True)
+
+    async def _pin(self, sql: Any, command: Any, gpus: int) -> CommandResult:
+        where = (command.resource_id, command.model_id)
+        if isinstance(command, messages.PinModel):
+            if (command.copies or 0) > gpus:
+                return self._no(command, "too_many_copies")
+            await sql.execute(
+                "DELETE FROM scheduler.model_pins WHERE resource_id = $1 AND model_id = $2", *where
+            )
+            await sql.execute("INSERT INTO scheduler.model_pins VALUES ($1, $2, $3)", *where, command.copies)
+        elif isinstance(command, messages.UnpinModel):
+            await sql.execute(
+                "DELETE FROM scheduler.model_pins WHERE resource_id = $1 AND model_id = $2", *where
+            )
         return CommandResult(command_id=command.command_id, ok=True)
 
 

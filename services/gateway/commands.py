@@ -103,6 +103,7 @@ _STATUS = {
     "model_type_mismatch": 400,
     "price_starts_in_past": 400,
     "rate_starts_in_past": 400,
+    "too_many_copies": 400,
     "forbidden": 403,
     "precondition_failed": 412,
 }

@@ -106,6 +106,17 @@ class RouteTable:
         ]
         return sorted(found, key=lambda m: m.model_id)
 
+    def model_by_id(self, team_slug: str, model_id: str, *, pool: bool) -> ModelView | None:
+        """Return one of the models that a team's requests may name; on a shared pool, of those of all teams."""
+        return next(
+            (
+                m
+                for m in self._snapshot.models.values()
+                if m.model_id == model_id and (pool or m.team_slug in (team_slug, PLATFORM_SLUG))
+            ),
+            None,
+        )
+
     async def refresh(self) -> None:
         """Renew the snapshot. Raises `Unavailable` and keeps the old one."""
         async with self._lock:

@@ -110,6 +110,12 @@ class Views:
             model_ids,
         )
 
+    async def model_pins(self, resource_id: str) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT model_id, copies, pinned_at FROM scheduler_api.model_pins_v1 WHERE resource_id = $1",
+            resource_id,
+        )
+
     async def decisions(self, resource_id: str, before: int, limit: int) -> list[asyncpg.Record]:
         """Return the newest decisions with an id below `before`."""
         return await self._database.fetch(

@@ -11,9 +11,9 @@ from typing import Any
 import asyncpg
 import msgspec
 
+from services.scheduler import pin_commands
 from services.scheduler.command_rules import problem_of
-from services.scheduler.quotas import set_quota, team_quota
-from services.scheduler.scaling_store import SettingsChanged, set_fixed, set_scaling
+from services.scheduler.refused import Refused
 from shared.database import Connection, Database
 from shared.ids import new_id
 from shared.messages import (
@@ -22,23 +22,16 @@ from shared.messages import (
     CreateOption,
     CreateResource,
     DeleteResource,
+    PinModel,
+    PreloadModel,
     ScaleResource,
     SchedulerCommand,
     SetQuota,
     SetScaling,
     TurnOffResource,
     TurnOnResource,
+    UnpinModel,
 )
-
-
-class Refused(Exception):
-    """The command cannot be done; the code and the words go back to whoever sent it."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
 
 RESOURCES_PER_TEAM = 100
 """Each resource has queues of its own on the broker, up to nine of them."""
@@ -129,6 +122,8 @@ class Desired:
                 await _want(connection, command, "off")
             case DeleteResource():
                 await _delete(connection, command)
+            case PinModel() | UnpinModel() | PreloadModel():
+                await _wish(connection, command)
         return {"resource_id": command.resource_id}
 
     async def _create_resource(self, connection: Connection, command: CreateResource) -> dict[str, Any]:
@@ -214,7 +209,7 @@ async def _check_quota(connection: Connection, team_id: str, count: int) -> None
 async def _lock(connection: Connection, team_id: str, resource_id: str) -> asyncpg.Record:
     """Lock and return the team's resource; another team's is not found, in the same words."""
     row = await connection.fetchrow(
-        """SELECT wanted, state, pool FROM scheduler.resources
+        """SELECT wanted, state, pool, fixed_count FROM scheduler.resources
            WHERE resource_id = $1 AND team_id = $2 AND deleted_at IS NULL FOR UPDATE""",
         resource_id,
         team_id,
@@ -249,7 +244,27 @@ async def _delete(connection: Connection, command: DeleteResource) -> None:
     await connection.execute(
         "UPDATE scheduler.resources SET deleted_at = now() WHERE resource_id = $1", command.resource_id
     )
+    await connection.execute("DELETE FROM scheduler.model_pins WHERE resource_id = $1", command.resource_id)
     await _note(connection, command.resource_id, "deleted", "deleted", command)
+
+
+async def _wish(connection: Connection, command: PinModel | UnpinModel | PreloadModel) -> None:
+    """What a team wants to be resident; the leader sees to it."""
+    row = await _lock(connection, command.team_id, command.resource_id)
+    match command:
+        case PinModel():
+            name = await pin_commands.pin(connection, command, row["fixed_count"])
+            copies = "everywhere" if command.copies is None else f"{command.copies} times"
+            await _note(connection, command.resource_id, "pinned", f"{name} pinned {copies}", command)
+        case UnpinModel():
+            if await pin_commands.unpin(connection, command):
+                words = f"{command.model_id} unpinned"
+                await _note(connection, command.resource_id, "unpinned", words, command)
+        case PreloadModel():
+            if row["wanted"] != "on":
+                raise Refused("resource_off", "the resource is off; turn it on, or pin the model")
+            name = await pin_commands.preload(connection, command)
+            await _note(connection, command.resource_id, "preload", f"{name} to be loaded", command)
 
 
 async def _note(connection: Connection, resource_id: str, action: str, words: str, command: Command) -> None:

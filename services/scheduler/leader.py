@@ -23,6 +23,7 @@ from services.scheduler.actions import (
 from services.scheduler.fleet import Fleet, Watch
 from services.scheduler.handlers import delete_job_queues
 from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.pin_keeper import PinKeeper
 from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.scaling_keeper import ScalingKeeper
 from services.scheduler.snapshot import (
@@ -39,8 +40,7 @@ from services.scheduler.views import Limits, PlaceView
 from services.scheduler.writes import StaleView
 from shared import topology
 from shared.broker import Broker
-from shared.lease import Fenced, Lease
-from shared.messages import DrainWorker, Message, StartWorker, StopWorker, WorkerSpec
+from shared.messages import NO_PINS, DrainWorker, Message, StartWorker, StopWorker, WorkerSpec
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class Leader:
         broker: Broker,
         store: Store,
         residency: ResidencyKeeper,
-        scaling: ScalingKeeper,
+        pins: PinKeeper,
         lease: Lease,
         fleet: Fleet,
         limits: Limits,
@@ -70,7 +70,7 @@ class Leader:
         self._broker = broker
         self._store = store
         self._residency = residency
-        self._scaling = scaling
+        self._pins = pins
         self._lease = lease
         self._fleet = fleet
         self._limits = limits
@@ -148,8 +148,8 @@ class Leader:
             workers={k: (v.report, v.heard_at + shift_s) for k, v in workers.items()},
             observing_since=None if since_s is None else since_s + shift_s,
         )
-        scaling = self._scaling.states(stored, heard)
-        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at, scaling)
+        await self._look_at_models(stored, heard)
+        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at)
         changed = False
         for decided in decide_all(stored, heard, memory, self._limits):
             changed |= await self._act(decided, stored.now)
@@ -159,12 +159,19 @@ class Leader:
         if time.monotonic() - self._nodes_noted_s > NODES_NOTED_EVERY_S:
             self._nodes_noted_s = time.monotonic()
             await self._store.note_nodes(heard.nodes.values())
-        if time.monotonic() - self._models_noted_s > MODELS_NOTED_EVERY_S:
-            self._models_noted_s = time.monotonic()
-            await self._residency.keep(stored, heard.workers)
         self._forget_sent(stored)
         self._metrics.looked(stored, time.monotonic() - started_s)
         return changed
+
+    async def _look_at_models(self, stored: Stored, heard: Heard) -> None:
+        """Which models are where, and which shall be; before places are decided about, whose starts name them."""
+        is_due = time.monotonic() - self._models_noted_s > MODELS_NOTED_EVERY_S
+        if is_due or not self._pins.knows_all(stored):
+            self._models_noted_s = time.monotonic()
+            await self._residency.keep(stored, heard.workers)
+            await self._pins.look(stored, heard.workers)
+        for message in self._pins.to_tell(stored, heard.workers, time.monotonic()):
+            await self._send(topology.worker_commands(message.worker_id), message)
 
     async def _act(self, decided: Decided, now: float) -> bool:
         """Store what was decided about one resource, then send. A failure of one holds up no other."""
@@ -210,6 +217,7 @@ class Leader:
             max_context_tokens=resource.max_context_tokens,
             kv_tokens=resource.kv_tokens,
             preload=await self._store.models_to_preload(resource),
+            pins=self._pins.sets.get(place.incarnation, NO_PINS),
         )
         start = StartWorker(
             node_id=place.node_id,

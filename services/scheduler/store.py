@@ -180,6 +180,14 @@ class Store:
                     days,
                     PRUNE_BATCH,
                 )
+            # Of models that are gone; of those that were asked for once, when nobody starts up with it any more.
+            await connection.execute(
+                """DELETE FROM scheduler.model_pins WHERE NOT EXISTS (
+                       SELECT 1 FROM gateway_api.models_v1 m WHERE m.model_id = model_pins.model_id)"""
+            )
+            await connection.execute(
+                "DELETE FROM scheduler.model_preloads WHERE asked_at < now() - interval '1 hour'"
+            )
 
     async def job_queue_owners(self) -> Mapping[str, tuple[bool, bool]]:
         """Return (pool, deleted) of every resource whose job queues must be there, or gone since a day at most."""

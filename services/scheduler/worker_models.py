@@ -31,6 +31,13 @@ class ModelRow(msgspec.Struct, frozen=True, kw_only=True):
     load_ms_p95: int = 0
     hits: int = 0
     misses: int = 0
+    pinned: bool = False
+    preload: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Neither here nor wanted here."""
+        return self.state == "absent" and not self.pinned and not self.preload
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +54,11 @@ def update_rows(before: Mapping[ModelKey, ModelRow], report: WorkerReport) -> Ro
     1. A model that the report lists is as it says; its reason and its bytes too. What it weighed stays when it goes.
     2. A model that it does not list is absent.
     3. Counts and times are those of the report; a model without any there keeps what was said of it before.
-    4. Of more than `MOST_ROWS`, the absent ones that have not changed for longest are forgotten.
+    4. What is pinned or to be preloaded there is what the report says, also of absent models.
+    5. Of more than `MOST_ROWS`, those that are absent, not wanted, and have not changed for longest are forgotten.
     """
-    rows = {key: msgspec.structs.replace(row, state="absent", reason="") for key, row in before.items()}  # 2
+    unsaid = {"state": "absent", "reason": "", "pinned": False, "preload": False}
+    rows = {key: msgspec.structs.replace(row, **unsaid) for key, row in before.items()}  # 2, 4
     for model in islice(report.models, MOST_ROWS):  # 1
         key = (model.model_id, model.revision)
         row = rows.get(key) or ModelRow(model_id=model.model_id, revision=model.revision)
@@ -70,10 +79,14 @@ def update_rows(before: Mapping[ModelKey, ModelRow], report: WorkerReport) -> Ro
             hits=history.hits,
             misses=history.misses,
         )
+    for field, keys in (("pinned", report.pinned), ("preload", report.preload)):  # 4
+        for key in islice(keys, MOST_ROWS):
+            row = rows.get(key) or ModelRow(model_id=key[0], revision=key[1])
+            rows[key] = msgspec.structs.replace(row, **{field: True})
     changed = {key: row for key, row in rows.items() if before.get(key) != row}
     after = {key: row for key, row in rows.items() if key not in changed} | changed
-    absent = (key for key, row in after.items() if row.state == "absent")
-    dropped = list(islice(absent, max(len(after) - MOST_ROWS, 0)))  # 4
+    plain = (key for key, row in after.items() if row.is_plain)
+    dropped = list(islice(plain, max(len(after) - MOST_ROWS, 0)))  # 5
     for key in dropped:
         del after[key]
     return RowChanges(

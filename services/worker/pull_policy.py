@@ -27,6 +27,8 @@ class Plan:
     load: list[ModelKey]
     evict: list[ModelKey]
     pause: list[str]
+    no_room: list[ModelKey]
+    """Models whose jobs have to be told that they cannot be served here."""
 
 
 def may_start(attempt: int, running_attempts: Sequence[int], retried_waits: bool) -> bool:
@@ -85,7 +87,7 @@ def plan(snapshot: Snapshot, *, max_sequences: int, model_memory_bytes: int) -> 
     if begin_at_once:
         start += [job.job_id for job in chosen if job.is_paused]
     claim = [job.job_id for job in chosen if not job.is_paused]
-    return Plan(claim, begin_at_once, start, turns.load, turns.evict, pause)
+    return Plan(claim, begin_at_once, start, turns.load, turns.evict, pause, turns.no_room)
 
 
 def _taken(snapshot: Snapshot, running: Sequence[RunningJob]) -> int:

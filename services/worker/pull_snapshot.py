@@ -53,6 +53,14 @@ class ModelSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class Preload:
+    """A model to load before anybody asks for it. may_evict: in place of others without work, else only into free memory."""
+
+    model: ModelKey
+    may_evict: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     waiting: Sequence[WaitingJob]
     running: Sequence[RunningJob]
@@ -60,8 +68,12 @@ class Snapshot:
     """Sequences of jobs whose claim is out: their places are spoken for."""
     models: Mapping[ModelKey, ModelSlot]
     sizes: Mapping[ModelKey, int]
-    """Weight bytes of the models that waiting jobs name; a model that is missing here cannot be loaded."""
+    """Weight bytes of the models that waiting jobs, pins and preloads name; a model that is missing here cannot be loaded."""
     lane_tokens: Mapping[int, int] = field(default_factory=dict)
     """Tokens that each lane was served so far."""
     swap_s: Mapping[ModelKey, float] = field(default_factory=dict)
     """How long a load of each model takes, as measured; a model that is missing here counts as `UNKNOWN_SWAP_S`."""
+    pinned: Mapping[ModelKey, float] = field(default_factory=dict)
+    """Models that have to be here, and for how many seconds that has been so; those that cannot be loaded are left out."""
+    preload: Sequence[Preload] = ()
+    """In this order; also such that are here already."""

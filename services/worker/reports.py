@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 import structlog
 
 from services.worker.held import Held, HeldState
+from services.worker.pins import Pins
 from services.worker.residency import Residency
 from services.worker.work_counters import WorkCounters
 from shared.broker import Broker
@@ -32,11 +33,15 @@ class Reporter:
         spec: WorkerSpec,
         held: Callable[[], Collection[Held]],
         residency: Residency,
+        pins: Pins,
+        model_memory_bytes: int,
     ) -> None:
         self._broker = broker
         self._spec = spec
         self._held = held
         self._residency = residency
+        self._pins = pins
+        self._model_memory_bytes = model_memory_bytes
         self._now = asyncio.Event()
         self._tokens = 0
         self._tokens_per_s = 0.0
@@ -46,6 +51,10 @@ class Reporter:
     def enter(self, phase: WorkerPhase) -> None:
         self.phase = phase
         log.info("worker_phase", phase=phase)
+        self._now.set()
+
+    def report_now(self) -> None:
+        """Something changed that somebody waits to hear of."""
         self._now.set()
 
     def generated(self, tokens: int) -> None:
@@ -76,6 +85,7 @@ class Reporter:
         self.runs_changed()
         counters = self.counters
         held = self._held()
+        pinned, preload = self._pins.report()
         running = [each for each in held if each.state in (HeldState.RUNNING, HeldState.PAUSED)]
         report = WorkerReport(
             worker_id=self._spec.worker_id,
@@ -96,6 +106,10 @@ class Reporter:
             stream_s=round(counters.stream_s, 3),
             models=self._residency.report(),
             history=self._residency.history.report(),
+            model_memory_bytes=self._model_memory_bytes,
+            pins_version=self._pins.version,
+            pinned=pinned,
+            preload=preload,
         )
         try:
             await self._broker.send_event(report)

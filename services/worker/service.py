@@ -35,6 +35,7 @@ from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
 from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
 from services.worker.owners import Owners
+from services.worker.pins import Pins
 from services.worker.pull_snapshot import ModelKey
 from services.worker.reports import Reporter
 from services.worker.residency import Residency
@@ -47,6 +48,7 @@ from shared import telemetry, topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
 from shared.messages import (
+    NO_PINS,
     CancelJob,
     DrainWorker,
     Drop,
@@ -60,6 +62,7 @@ from shared.messages import (
     Outcome,
     OwnerBeat,
     RepeatTokens,
+    SetPins,
     WorkerBeat,
     WorkerCommand,
     WorkerPhase,
@@ -75,7 +78,6 @@ CLAIM_REPEAT_S = 1.0
 CLAIM_TRIES = 5
 """After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
 CLAIM_PAUSE_S = 5.0
-PRELOAD_PAUSE_S = 1.0
 ASIDE_S = 5.0
 """A worker that gave jobs back takes none for that long, so that another one gets them."""
 BEGUN = (HeldState.CLAIMING, HeldState.GRANTED, HeldState.RUNNING, HeldState.PAUSED)
@@ -98,6 +100,7 @@ class Worker:
         self._engine = EngineThread(engine, self._on_report, self._on_refused)
         self._loads = ModelLoads(self._engine, settings.model_store, images, self._on_damage)
         self._residency = Residency(self._loads, spec.precision)
+        self._pins = Pins(spec, self._residency)
         self._sender = DeltaSender(broker, spec.worker_id)
         self._commands = topology.worker_commands(spec.worker_id)
         self._held: dict[str, Held] = {}
@@ -109,7 +112,9 @@ class Worker:
         self._taking = Taking(broker, queues, self._on_job, spec.max_batch + lookahead)
         self._aside_until_s: float | None = None
         self._wake = asyncio.Event()
-        self._reporter = Reporter(broker, spec, self._held.values, self._residency)
+        self._reporter = Reporter(
+            broker, spec, self._held.values, self._residency, self._pins, settings.model_memory_bytes
+        )
         self._drained = asyncio.Event()
         self._group: asyncio.TaskGroup
         meter = telemetry.meter()
@@ -135,18 +140,14 @@ class Worker:
         self._reporter.enter("ready")
 
     async def _preload(self) -> None:
-        """Make the likeliest model resident before the worker is ready; the others follow while it is idle."""
-        waiting = list(self.spec.preload)
-        while waiting:
-            if await self._preload_one(waiting.pop(0)):
-                break
-        if waiting:
-            self._group.create_task(self._preload_when_idle(waiting))
+        """Make a pinned model, or the likeliest one, resident before the worker is ready; the others follow by themselves."""
+        for ref in self._pins.first_refs():
+            if await self._preload_one(ref):
+                return
 
     async def _preload_one(self, ref: ModelRef) -> bool:
         try:
-            taken_bytes = sum(slot.weight_bytes for slot in self._residency.slots().values())
-            if taken_bytes + self._residency.size(ref) > self._settings.model_memory_bytes:
+            if self._residency.size(ref) > self._settings.model_memory_bytes:
                 return False
             await self._residency.load(ref)
         except ModelUnavailable as error:
@@ -155,18 +156,11 @@ class Worker:
             return False
         return True
 
-    async def _preload_when_idle(self, refs: list[ModelRef]) -> None:
-        for ref in refs:
-            while self.phase != "ready" or self._held:  # noqa: ASYNC110 - idle is many things; one look a second does
-                await asyncio.sleep(PRELOAD_PAUSE_S)
-            if (ref.model_id, ref.revision) not in self._residency.slots():
-                await self._preload_one(ref)
-                self._wake.set()
-
     async def drain(self) -> None:
         """Take no more, give back what has not begun, finish the rest. Idempotent; returns when nothing is left."""
         if self.phase != "draining":
             self._reporter.enter("draining")
+            self._pins.replace(NO_PINS)
             await self._taking.stop()
         while self._held:
             # Again and again: a job whose owner did not answer is put aside only later.
@@ -286,10 +280,12 @@ class Worker:
             self._wake.clear()
             self._drop_unservable()
             plan = pull_policy.plan(
-                take_snapshot(self._held.values(), self._residency, self._lane_tokens),
+                take_snapshot(self._held.values(), self._residency, self._pins, self._lane_tokens),
                 max_sequences=self.spec.max_batch,
                 model_memory_bytes=self._settings.model_memory_bytes,
             )
+            for key in plan.no_room:
+                self._residency.mark_failed(key, "the models pinned here leave no room for it")
             for job_id in plan.pause:
                 self._pause(self._held[job_id])
             for job_id in plan.start:
@@ -327,13 +323,14 @@ class Worker:
 
     async def _load(self, key: ModelKey) -> None:
         waiting = [held for held in self._held.values() if held.model == key]
-        if not waiting:
+        ref = waiting[0].job.model if waiting else self._pins.ref(key)
+        if ref is None:
             return
         unbegun = [held for held in waiting if held.started_unix_ns is None]
         for held in unbegun:
             held.swap_started_unix_ns = time.time_ns()
         try:
-            await self._residency.load(waiting[0].job.model)
+            await self._residency.load(ref)
         except ModelUnavailable:
             pass  # remembered as failed; `_drop_unservable` tells the jobs
         for held in unbegun:
@@ -431,6 +428,12 @@ class Worker:
             case DrainWorker(incarnation=incarnation):
                 if incarnation == self.spec.incarnation:
                     self._group.create_task(self.drain())
+            case SetPins(incarnation=incarnation, pins=pins):
+                is_new = incarnation == self.spec.incarnation and pins.version != self._pins.version
+                if is_new and self.phase not in ("draining", "drained"):
+                    self._pins.replace(pins)
+                    self._reporter.report_now()
+                    self._wake.set()
 
     def _unanswered(self, job_id: str, claim_id: str) -> Held | None:
         """The job that this is the first answer for, or None."""

@@ -6,11 +6,14 @@ import time
 from collections.abc import Collection, Mapping
 
 from services.worker.held import Held, HeldState
+from services.worker.pins import Pins
 from services.worker.pull_snapshot import ModelSlot, RunningJob, Snapshot, WaitingJob
 from services.worker.residency import Residency
 
 
-def take_snapshot(held: Collection[Held], residency: Residency, lane_tokens: Mapping[int, int]) -> Snapshot:
+def take_snapshot(
+    held: Collection[Held], residency: Residency, pins: Pins, lane_tokens: Mapping[int, int]
+) -> Snapshot:
     """Also tells `residency` which models have work at this moment: their turns run from it."""
     now_s = time.monotonic()
     waiting, running, claimed = [], [], 0
@@ -25,13 +28,24 @@ def take_snapshot(held: Collection[Held], residency: Residency, lane_tokens: Map
                 running.append(_running_job(each, now_s))
     # Also of jobs whose owners do not answer: a turn that did not run would keep the device for them for ever.
     residency.note_work({job.model for job in waiting} | {job.model for job in running})
+    pinned, preloads = pins.pinned_s(), pins.preloads()  # before the sizes, which they make known
     failed = {each.model for each in held if residency.failure(each.model) is not None}
     models = residency.slots()
     for key in failed:
         # A failed model counts as ready, so that its jobs are claimed and then told why.
         models.setdefault(key, ModelSlot("ready", 0, now_s))
     sizes = {key: size for key, size in residency.sizes().items() if key not in failed}
-    return Snapshot(waiting, running, claimed, models, sizes, lane_tokens, residency.swap_costs(sizes))
+    return Snapshot(
+        waiting,
+        running,
+        claimed,
+        models,
+        sizes,
+        lane_tokens,
+        residency.swap_costs(sizes),
+        pinned,
+        preloads,
+    )
 
 
 def _waiting_job(held: Held, now_s: float) -> WaitingJob:

@@ -38,11 +38,15 @@ from shared.messages import (
     NodeReport,
     OwnerBeat,
     PaymentReported,
+    PinModel,
+    PinSet,
+    PreloadAsked,
+    PreloadModel,
     RepeatTokens,
     ResidentModel,
     SamplingParams,
     ScaleResource,
-    ScalingWindow,
+    SetPins,
     SetPrice,
     SetQuota,
     SetRate,
@@ -56,6 +60,7 @@ from shared.messages import (
     TokensGenerated,
     TurnOffResource,
     TurnOnResource,
+    UnpinModel,
     WeightsRef,
     WithdrawPrice,
     WorkerBeat,
@@ -96,6 +101,12 @@ SAMPLING = SamplingParams(
 LOGPROBS = [TokenLogprob(token=11, logprob=-0.25, top=[(11, -0.25), (12, -1.5)])]
 TIMINGS = Timings(queue_ms=1.5, swap_ms=200.25, prefill_ms=30.5, decode_ms=400.0)
 
+PINS = PinSet(
+    version="0123456789abcdef",
+    pinned=[MODEL],
+    preload=[PreloadAsked(model=MODEL, asked_unix_ms=NOW_UNIX_MS)],
+)
+
 WORKER_SPEC = WorkerSpec(
     worker_id="wrk_1",
     resource_id="res_1",
@@ -109,6 +120,7 @@ WORKER_SPEC = WorkerSpec(
     max_context_tokens=2048,
     kv_tokens=65_536,
     preload=[MODEL],
+    pins=PINS,
 )
 
 _COMMAND: dict[str, Any] = {
@@ -299,6 +311,9 @@ EXAMPLES: tuple[Message, ...] = (
     TurnOnResource(**_COMMAND, team_id="team_1", resource_id="res_1"),
     TurnOffResource(**_COMMAND, team_id="team_1", resource_id="res_1"),
     DeleteResource(**_COMMAND, team_id="team_1", resource_id="res_1"),
+    PinModel(**_COMMAND, team_id="team_1", resource_id="res_1", model_id="mod_1", copies=2),
+    UnpinModel(**_COMMAND, team_id="team_1", resource_id="res_1", model_id="mod_1"),
+    PreloadModel(**_COMMAND, team_id="team_1", resource_id="res_1", model_id="mod_1"),
     SetPrice(
         **_COMMAND,
         model_type="smollm2-135m",
@@ -336,6 +351,7 @@ EXAMPLES: tuple[Message, ...] = (
         reason="chunk 3 of 78 differs from what was written",
         found_unix_ms=1_700_000_000_000,
     ),
+    SetPins(worker_id="wrk_1", incarnation="inc_1", pins=PINS),
     NodeReport(
         node_id="local",
         agent_id="agt_1",
@@ -380,6 +396,10 @@ EXAMPLES: tuple[Message, ...] = (
                 model_id="mod_1", revision=3, loads=7, load_ms_p50=210, load_ms_p95=480, hits=40, misses=6
             )
         ],
+        model_memory_bytes=2**31,
+        pins_version="0123456789abcdef",
+        pinned=[("mod_1", 3)],
+        preload=[("mod_2", 1)],
         detail="one model could not be loaded",
         running_sequences=5,
         waiting_jobs=2,

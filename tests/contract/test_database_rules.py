@@ -41,6 +41,8 @@ DELETES = {
     "scheduler.dead_letters",
     "scheduler.worker_models",
     "scheduler.model_alarms",
+    "scheduler.model_pins",
+    "scheduler.model_preloads",
     "billing.requests",
     "billing.request_costs",
     "billing.hour_costs",

@@ -45,7 +45,7 @@ async def reports_of(path: Path_) -> AsyncIterator[list[WorkerReport]]:
     await subscription.cancel()
 
 
-async def until(condition: Any, timeout_s: float = 20.0) -> None:
+async def until(condition: Any, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "not in time"
@@ -188,7 +188,7 @@ async def test_the_models_of_a_resource_are_shown_on_each_worker(gateway: Gatewa
     shown["workers"] = [{k: v for k, v in each.items() if k != "changed_at"} for each in shown["workers"]]
     known = {
         "place": 0, "worker_id": "wrk_0", "place_state": "starting", "revision": 1, "state": "failed",
-        "reason": "no such file", "weight_bytes": 9, "swaps": 3, "swap_ms_p50": 40, "swap_ms_p95": 50, "hits": 7,
+        "reason": "no such file", "pinned": False, "preload": False, "weight_bytes": 9, "swaps": 3, "swap_ms_p50": 40, "swap_ms_p95": 50, "hits": 7,
         "misses": 2,
     }  # fmt: skip
     nothing = {
@@ -210,6 +210,45 @@ async def test_the_models_of_a_resource_are_shown_on_each_worker(gateway: Gatewa
     assert [each["name"] for each in page["data"] + rest["data"]] == [each["name"] for each in listed["data"]]
     assert rest["next_cursor"] is None
     assert (await gateway.call("GET", f"{path}/models", key=rival)).status == 404
+
+
+async def test_a_model_is_pinned_unpinned_and_preloaded(gateway: Gateway) -> None:
+    key = await gateway.make_team("acme")
+    model = await register(gateway, "tiny", key=key)
+    rival = await gateway.make_team("rival")
+    theirs = await register(gateway, "theirs", key=rival)
+    await gateway.make_option(model["model_type"])
+    resource = await make_resource(gateway, key, model["model_type"])
+    models = f"/api/resources/{resource['resource_id']}/models"
+    path = f"{models}/{model['model_id']}"
+
+    reply = await gateway.call("PUT", f"{path}/pin", {"copies": 1}, key=key)
+    assert (reply.status, reply.json["pin"]["copies"]) == (200, 1)
+    reply = await gateway.call("PUT", f"{path}/pin", {"copies": "all"}, key=key)
+    assert (reply.status, reply.json["pin"]["copies"]) == (200, "all")
+    (listed,) = (await gateway.call("GET", models, key=key)).json["data"]
+    assert listed == reply.json
+    reply = await gateway.call("PUT", f"{path}/pin", {"copies": 2}, key=key)
+    assert (reply.status, reply.code) == (400, "too_many_copies")
+    for body, param in (({"copies": 0}, "copies"), ({"copies": "some"}, "copies"), ({"copies": 65}, "copies"),
+                        ({"copies": None}, "copies"), ({"count": 1}, "count")):  # fmt: skip
+        reply = await gateway.call("PUT", f"{path}/pin", body, key=key)
+        assert (reply.status, reply.json["param"]) == (400, param), body
+    assert (await gateway.call("GET", models, key=key)).json["data"] == [listed]
+
+    assert (await gateway.call("DELETE", f"{path}/pin", key=key)).status == 204
+    assert (await gateway.call("DELETE", f"{path}/pin", key=key)).status == 204
+    reply = await gateway.call("POST", f"{path}/preload", key=key)
+    assert (reply.status, reply.json["pin"]) == (202, None)
+    sent = [type(command).__name__ for command in gateway.commands if hasattr(command, "model_id")]
+    assert sent == ["PinModel", "PinModel", "PinModel", "UnpinModel", "UnpinModel", "PreloadModel"]
+
+    foreign = f"{models}/{theirs['model_id']}"
+    for method, route in (("PUT", "pin"), ("DELETE", "pin"), ("POST", "preload")):
+        sent_body: Any = {"copies": 1} if method == "PUT" else None
+        assert (await gateway.call(method, f"{foreign}/{route}", sent_body, key=key)).status == 404
+        assert (await gateway.call(method, f"{path}/{route}", sent_body, key=rival)).status == 404
+    assert len([command for command in gateway.commands if hasattr(command, "model_id")]) == 6
 
 
 async def test_a_shared_pool_shows_the_models_of_all_teams_to_the_platform(gateway: Gateway) -> None:

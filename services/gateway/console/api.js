@@ -48,6 +48,10 @@ export async function post(path, body) {
   return (await send("POST", path, body)).json();
 }
 
+export async function put(path, body) {
+  return (await send("PUT", path, body)).json();
+}
+
 export async function remove(path) {
   await send("DELETE", path);
 }

@@ -1,6 +1,6 @@
 // The console: what the team has, on and off, and a playground. All text goes in by textContent, never as markup.
 
-import { Refused, chat, forgetKey, get, getKey, list, post, remove, setKey } from "./api.js";
+import { Refused, chat, forgetKey, get, getKey, list, post, put, remove, setKey } from "./api.js";
 
 const REFRESH_MS = 3000;
 const USAGE_EVERY = 5; // refreshes
@@ -93,7 +93,37 @@ function resourceCard(resource) {
     make("span", { text: resource.state }), actions);
   const card = make("li", {}, row, make("div", { text: details, className: "quiet" }));
   if (resource.reason) card.append(make("div", { text: resource.reason, className: "quiet" }));
+  card.append(residency(`${path}/models`));
   return card;
+}
+
+// ---- which models are on a resource's GPUs: looked at when it is opened, and after each change
+
+function residency(path) {
+  const body = make("tbody");
+  const heads = ["Model", "GPU", "State", "Swaps", "ms, median and 95%", "Hits", "Misses", ""];
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { text, scope: "col" })))), body);
+  const details = make("details", {}, make("summary", { text: "Models on its GPUs" }), make("div", { className: "wide" }, table));
+  const load = async () => {
+    const rows = (await list(path)).flatMap((model) => residencyRows(model, `${path}/${model.model_id}`, load));
+    body.replaceChildren(...(rows.length > 0 ? rows : [make("tr", {}, make("td", { text: "No models yet.", colspan: "8" }))]));
+  };
+  details.addEventListener("toggle", () => { if (details.open) attempt(load); });
+  return details;
+}
+
+function residencyRows(model, path, load) {
+  const act = model.pin
+    ? button("Unpin", async () => { await remove(`${path}/pin`); await load(); })
+    : button("Pin", async () => { await put(`${path}/pin`, { copies: "all" }); await load(); });
+  const workers = model.workers.length > 0 ? model.workers : [null];
+  return workers.map((worker, index) => {
+    const state = worker ? [worker.state, worker.reason, worker.pinned ? "pinned" : ""].filter(Boolean).join(", ") : "no GPU live";
+    const times = worker && worker.swap_ms_p50 !== null ? `${count(worker.swap_ms_p50)} / ${count(worker.swap_ms_p95)}` : "";
+    const cells = [index === 0 ? model.name : "", worker ? String(worker.place) : "", state, worker ? count(worker.swaps) : "",
+      times, worker ? count(worker.hits) : "", worker ? count(worker.misses) : ""];
+    return make("tr", {}, ...cells.map((text) => make("td", { text })), make("td", {}, ...(index === 0 ? [act] : [])));
+  });
 }
 
 function modelCard(model) {

@@ -105,10 +105,11 @@ RESOURCE = obj(
 )  # fmt: skip
 RESOURCE_MODEL = obj(
     model_id=TEXT, name=TEXT, revision=COUNT,
+    pin={"anyOf": [{"type": "null"}, obj(copies={"anyOf": [COUNT, {"const": "all"}]}, pinned_at=TIME)]},
     workers=array(obj(
         place=COUNT, worker_id=TEXT, place_state=TEXT, revision=COUNT,
-        state={"enum": ["absent", "loading", "ready", "evicting", "failed"]}, reason=TEXT, weight_bytes=COUNT,
-        swaps=COUNT, swap_ms_p50=OPTIONAL_NUMBER, swap_ms_p95=OPTIONAL_NUMBER, hits=COUNT, misses=COUNT,
+        state={"enum": ["absent", "loading", "ready", "evicting", "failed"]}, reason=TEXT, pinned=FLAG, preload=FLAG,
+        weight_bytes=COUNT, swaps=COUNT, swap_ms_p50=OPTIONAL_NUMBER, swap_ms_p95=OPTIONAL_NUMBER, hits=COUNT, misses=COUNT,
         changed_at=OPTIONAL_TIME,
     )),
 )  # fmt: skip

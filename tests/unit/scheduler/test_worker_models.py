@@ -13,8 +13,8 @@ EMPTY = WorkerReport(
 )
 
 
-def report(*models: ResidentModel, history: tuple[ModelHistory, ...] = ()) -> WorkerReport:
-    return msgspec.structs.replace(EMPTY, models=list(models), history=list(history))
+def report(*models: ResidentModel, history: tuple[ModelHistory, ...] = (), **more: object) -> WorkerReport:
+    return msgspec.structs.replace(EMPTY, models=list(models), history=list(history), **more)
 
 
 def resident(model_id: str, state: str = "ready", revision: int = 1, **more: object) -> ResidentModel:
@@ -81,6 +81,18 @@ COUNTS = {"loads": 3, "load_ms_p50": 10, "load_ms_p95": 20, "hits": 5, "misses":
             [row("a", "absent", hits=1)],
             id="3: a history alone makes a row",
         ),
+        pytest.param(
+            [],
+            report(resident("a"), pinned=[("a", 1), ("b", 1)], preload=[("c", 1)]),
+            [row("a", "ready", pinned=True), row("b", pinned=True), row("c", preload=True)],
+            id="4: what is wanted there has a row, here or not",
+        ),
+        pytest.param(
+            [row("a", "ready", pinned=True, preload=True)],
+            report(resident("a")),
+            [row("a", "ready")],
+            id="4: and is no longer wanted when it is no longer named",
+        ),
     ],
 )
 def test_update_rows(before: list[ModelRow], said: WorkerReport, written: list[ModelRow]) -> None:
@@ -97,6 +109,14 @@ def test_absent_models_that_changed_longest_ago_are_forgotten() -> None:
     assert len(changes.after) == MOST_ROWS
     assert [each.model_id for each in changes.written] == ["new1", "new2"]
     assert list(changes.after)[-2:] == [("new1", 1), ("new2", 1)]
+
+
+def test_wanted_models_are_not_forgotten() -> None:
+    before = table(row("pinned", pinned=True), row("asked", preload=True), row("old"))
+    before |= table(*(row(f"m{index}") for index in range(MOST_ROWS - 3)))
+    said = report(resident("new"), pinned=[("pinned", 1)], preload=[("asked", 1)])
+    changes = update_rows(before, said)
+    assert changes.removed == [("old", 1)]
 
 
 def test_a_report_that_is_far_too_long_makes_no_more_rows_than_are_kept() -> None:

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from services.worker.model_turns import OVERTAKE_S, QUANTUM_S, Turns, plan_turns
-from services.worker.pull_snapshot import ModelKey, ModelSlot, RunningJob, Snapshot, WaitingJob, WorkClass
+from services.worker.pull_snapshot import (
+    ModelKey,
+    ModelSlot,
+    Preload,
+    RunningJob,
+    Snapshot,
+    WaitingJob,
+    WorkClass,
+)
 from tests.unit.worker.worker_model import SimulatedJob, SimulatedWorker, most_wait_s
 
 A, B, C, D = ("a", 1), ("b", 1), ("c", 1), ("d", 1)
@@ -157,6 +165,134 @@ def test_plan_turns(
     assert plan_turns(Snapshot(waiting, running, 0, models, sizes), 2) == expected
 
 
+@pytest.mark.parametrize(
+    ("models", "running", "waiting", "pinned", "preload", "expected"),
+    [
+        pytest.param({}, [], [], {A: 0.0}, [], Turns(load=[A]), id="a pinned model is loaded for nobody"),
+        pytest.param({A: ready()}, [], [], {A: 9.0}, [], Turns(), id="once"),
+        pytest.param(
+            {A: ready(), B: ready(last_used_s=5)},
+            [],
+            [waits(C)],
+            {A: 9.0},
+            [],
+            Turns(evict=[B]),
+            id="a pinned model stays, though it is used least",
+        ),
+        pytest.param(
+            {A: ready(OVER + 9), B: ready(OVER)},
+            [runs(A), runs(B)],
+            [waits(C)],
+            {A: 9.0},
+            [],
+            Turns(evict=[B], pause=["r-b"]),
+            id="a pinned model keeps its place after its quantum",
+        ),
+        pytest.param(
+            {A: ready(OVER), B: ready(OVER)},
+            [runs(A, "batch"), runs(B)],
+            [waits(C)],
+            {A: 9.0},
+            [],
+            Turns(evict=[B], pause=["r-b"]),
+            id="a pinned model keeps its place with batch work too",
+        ),
+        pytest.param(
+            {A: ready(), B: ready()}, [], [], {C: 0.0}, [], Turns(evict=[A]), id="idle models make room for a pin"
+        ),
+        pytest.param(
+            {A: ready(IN_TURN), B: ready(IN_TURN)},
+            [runs(A), runs(B)],
+            [],
+            {C: 99.0},
+            [],
+            Turns(),
+            id="a pin takes nobody's quantum",
+        ),
+        pytest.param(
+            {A: ready(IN_TURN), B: ready(OVER)},
+            [runs(A), runs(B)],
+            [],
+            {C: 0.0},
+            [],
+            Turns(evict=[B], pause=["r-b"]),
+            id="a pin waits like a live job",
+        ),
+        pytest.param(
+            {A: ready()}, [], [waits(B, 1.0)], {C: 5.0}, [], Turns(load=[C]), id="whoever waited longer goes first: the pin"
+        ),
+        pytest.param(
+            {A: ready()}, [], [waits(B, 5.0)], {C: 1.0}, [], Turns(load=[B]), id="whoever waited longer goes first: the job"
+        ),
+        pytest.param(
+            {A: ready(), B: ready()},
+            [],
+            [waits(C)],
+            {A: 9.0, B: 9.0},
+            [],
+            Turns(no_room=[C]),
+            id="pins leave no room: the jobs are told, and nobody waits behind them",
+        ),
+        pytest.param(
+            {A: ready()},
+            [],
+            [waits(D, 9.0), waits(C)],
+            {A: 9.0},
+            [],
+            Turns(load=[C], no_room=[D]),
+            id="who does not fit beside a pin does not hold up who does",
+        ),
+        pytest.param(
+            {A: ready(), B: ready()}, [], [], {A: 9.0, B: 9.0, C: 9.0}, [], Turns(), id="one pin too many stays absent"
+        ),
+        pytest.param(
+            {A: ModelSlot("loading", 1, 0), B: ready()},
+            [],
+            [waits(C)],
+            {A: 9.0, B: 9.0},
+            [],
+            Turns(no_room=[C]),
+            id="no room is said during a swap too",
+        ),
+        pytest.param({}, [], [], {("x", 1): 9.0}, [], Turns(), id="a pin without a size is not loaded"),
+        pytest.param({A: ready()}, [], [], {}, [B, C], Turns(load=[B]), id="preloads come in order"),
+        pytest.param({A: ready()}, [], [], {}, [A, C], Turns(load=[C]), id="one that is here is done"),
+        pytest.param({A: ready()}, [runs(A)], [], {}, [B], Turns(load=[B]), id="a preload runs beside answers"),
+        pytest.param(
+            {A: ready()}, [], [waits(A)], {}, [B], Turns(), id="but not while anybody waits, for whatever model"
+        ),
+        pytest.param(
+            {A: ready(last_used_s=5), B: ready(last_used_s=9)}, [], [], {}, [C], Turns(evict=[A]), id="idle ones go for it"
+        ),
+        pytest.param(
+            {A: ready(), B: ready()}, [], [], {}, [replace(Preload(C, True), may_evict=False)], Turns(),
+            id="unless it may not evict",
+        ),
+        pytest.param(
+            {A: ready(OVER + 9), B: ready()}, [runs(A)], [], {B: 9.0}, [C], Turns(), id="neither work nor a pin goes for it"
+        ),
+        pytest.param(
+            {A: ready()}, [], [], {B: 0.0}, [C], Turns(load=[B]), id="a pin goes before a preload"
+        ),
+        pytest.param(
+            {A: ready()}, [], [], {A: 9.0}, [D, B], Turns(load=[B]), id="a preload that never fits holds up no other"
+        ),
+    ],
+)  # fmt: skip
+def test_pins_and_preloads(
+    models: dict[ModelKey, ModelSlot],
+    running: list[RunningJob],
+    waiting: list[WaitingJob],
+    pinned: dict[ModelKey, float],
+    preload: list[ModelKey | Preload],
+    expected: Turns,
+) -> None:
+    sizes = {A: 1, B: 1, C: 1, D: 3}
+    preloads = [each if isinstance(each, Preload) else Preload(each, True) for each in preload]
+    snapshot = Snapshot(waiting, running, 0, models, sizes, pinned=pinned, preload=preloads)
+    assert plan_turns(snapshot, 2) == expected
+
+
 def test_a_cheap_swap_goes_before_an_expensive_one() -> None:
     snapshot = Snapshot([waits(B), waits(C)], [], 0, {}, {B: 1, C: 1}, swap_s={B: 2.0, C: 0.5})
     assert plan_turns(snapshot, 2).load == [C]
@@ -183,7 +319,19 @@ def random_worker(seed: int) -> SimulatedWorker:
         work_class: WorkClass = "batch" if dice.random() < 0.25 else "live"
         work_s = dice.choice([0.1, 0.5, 1.5, 6.0])
         jobs.append(SimulatedJob(f"j{index}", dice.choice(models), now_s, work_s, work_class))
-    return SimulatedWorker(jobs, swap_s, sizes, dice.randint(2, 6), max_sequences=32, broken=broken)
+    memory = dice.randint(2, 6)
+    pins: dict[ModelKey, float] = {}
+    for model in dice.sample(
+        models, dice.choice([0, 0, 1, 2, min(4, len(models))]) if len(models) > 1 else 0
+    ):
+        # Room for the largest of the others is left, as the scheduler sees to.
+        if sum(sizes[pin] for pin in pins) + sizes[model] + 2 <= memory:
+            pins[model] = dice.choice([0.0, 0.0, dice.random() * 5.0])
+    preload = [Preload(model, dice.random() < 0.5) for model in dice.sample(models, min(2, len(models)))]
+    return SimulatedWorker(
+        jobs, swap_s, sizes, memory, max_sequences=32, broken=broken, pins=pins,
+        preload=preload if dice.random() < 0.3 else [],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -194,6 +342,7 @@ def test_each_live_job_waits_within_the_bound_in_a_thousand_schedules(block: int
         for job in worker.jobs:
             assert job.ended_s is not None
             assert job.is_failed == (job.model in worker.broken)
+            assert not set(worker.pins) - worker.broken - set(worker.slots), "a pinned model never came"
             if job.work_class == "live" and not job.is_failed:
                 assert job.first_token_s is not None
                 waited_s = job.first_token_s - job.arrives_s

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 from opentelemetry import trace
 
 from services.worker.held import Held, HeldState
+from services.worker.pins import Pins
 from services.worker.pull_snapshot import ModelKey
 from services.worker.residency import Residency
 from services.worker.snapshots import take_snapshot
 from tests.integration.worker_process import stub_job
+
+NO_PINS = cast(Pins, SimpleNamespace(pinned_s=dict, preloads=list))
 
 
 class ResidencyPart:
@@ -55,7 +59,7 @@ def test_what_is_held_is_seen_by_what_it_does_and_its_models_have_work() -> None
         held(HeldState.GRANTED, "m-failed", attempt=1),
     ]
     residency = ResidencyPart(("m-failed", 1))
-    seen = take_snapshot(jobs, cast(Residency, residency), {})
+    seen = take_snapshot(jobs, cast(Residency, residency), NO_PINS, {})
     assert {job.model[0]: (job.claimable, job.is_paused) for job in seen.waiting} == {
         "m-waiting": (True, False),
         "m-aside": (False, False),

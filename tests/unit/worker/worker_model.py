@@ -10,7 +10,7 @@ from typing import Literal
 
 from services.worker.model_turns import OVERTAKE_S
 from services.worker.pull_policy import plan
-from services.worker.pull_snapshot import ModelKey, ModelSlot, RunningJob, Snapshot, WaitingJob
+from services.worker.pull_snapshot import ModelKey, ModelSlot, Preload, RunningJob, Snapshot, WaitingJob
 
 TICK_S = 0.2
 PREFILL_S = 0.05
@@ -39,7 +39,10 @@ class SimulatedJob:
 
 @dataclass(slots=True)
 class SimulatedWorker:
-    """swap_s: of each model. broken: models whose load fails at its end. It checks what must hold at every moment."""
+    """swap_s: of each model. broken: models whose load fails at its end. pins: with the time from which on each is pinned.
+
+    It checks what must hold at every moment.
+    """
 
     jobs: list[SimulatedJob]
     swap_s: dict[ModelKey, float]
@@ -47,6 +50,9 @@ class SimulatedWorker:
     memory: int
     max_sequences: int
     broken: frozenset[ModelKey] = frozenset()
+    pins: dict[ModelKey, float] = field(default_factory=dict)
+    preload: list[Preload] = field(default_factory=list)
+    preloads_at_start: list[Preload] = field(init=False)
     now_s: float = 0.0
     held: list[SimulatedJob] = field(default_factory=list)
     slots: dict[ModelKey, tuple[Literal["loading", "ready"], float]] = field(default_factory=dict)
@@ -54,6 +60,9 @@ class SimulatedWorker:
     work_since_s: dict[ModelKey, float] = field(default_factory=dict)
     failed: set[ModelKey] = field(default_factory=set)
     loads: list[ModelKey] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.preloads_at_start = list(self.preload)
 
     def run(self, until_s: float = 10_000.0) -> None:
         """Until every job has ended. Raises AssertionError when they do not."""
@@ -65,6 +74,8 @@ class SimulatedWorker:
 
         for job in self.jobs:
             at(job.arrives_s, "arrive", job)
+        for time_s in [*self.pins.values(), *([0.0] if self.preload else [])]:
+            at(time_s, "pinned", None)
         while events:
             self.now_s, _, kind, what = heapq.heappop(events)
             assert self.now_s < until_s, "somebody waits for ever"
@@ -92,6 +103,7 @@ class SimulatedWorker:
                     self.failed.add(key)
                 else:
                     self.slots[key] = ("ready", self.now_s)
+                    self.preload = [preload for preload in self.preload if preload.model != key]
         for job in [job for job in self.held if job.model in self.failed]:
             job.is_failed = True
             self._end(job)
@@ -140,6 +152,12 @@ class SimulatedWorker:
             },
             sizes={key: size for key, size in self.sizes.items() if key not in self.failed},
             swap_s=self.swap_s,
+            pinned={
+                key: self.now_s - since_s
+                for key, since_s in self.pins.items()
+                if since_s <= self.now_s and key not in self.failed
+            },
+            preload=self.preload,
         )
 
     def _decide(self, at: Callable[[float, str, object], None]) -> None:
@@ -151,7 +169,14 @@ class SimulatedWorker:
             job.runs += 1
             job.work_s -= self.now_s - job.began_s
             job.waiting_since_s = self.now_s
+        for key in decided.no_room:
+            assert any(job.model == key for job in self.held)
+            self.failed.add(key)
+        for job in [job for job in self.held if job.model in decided.no_room]:
+            job.is_failed = True
+            self._end(job)
         for key in decided.evict:
+            assert not self.pins.get(key, self.now_s + 1) <= self.now_s, "a pinned model was evicted"
             assert self.slots.pop(key)[0] == "ready", "a model was evicted while it loaded"
             assert not any(job.is_running and job.model == key for job in self.held), "evicted under its jobs"
         assert decided.begin_at_once or not decided.claim
@@ -184,8 +209,12 @@ def most_wait_s(worker: SimulatedWorker, job: SimulatedJob, quantum_s: float) ->
         and (other.ended_s is None or other.ended_s >= job.arrives_s)
     ]
     ahead = {other.model for other in beside if other.work_class == "live"} | {job.model}
+    ahead |= {model for model, since_s in worker.pins.items() if since_s <= job.arrives_s + OVERTAKE_S}
     # A load for batch work that has begun is not broken off.
     under_way_s = max(
         (worker.swap_s[other.model] for other in beside if other.model not in ahead), default=0.0
     )
+    # Nor is one for a preload, which began when nobody waited.
+    preloads_s = [worker.swap_s[preload.model] for preload in worker.preloads_at_start]
+    under_way_s = max([under_way_s, *preloads_s])
     return sum(worker.swap_s[model] + quantum_s for model in ahead) + under_way_s + 2.0
