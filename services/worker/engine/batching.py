@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .fair_shares import charge, model_weights, open_accounts
 from .kv_cache import blocks_for
 
 # Generated tokens that are computed again attend one by one, as when they were new; more rows at once only cost memory.
@@ -24,7 +24,7 @@ class SequenceView:
     `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
     unread_tokens: drawn beyond these by a pass whose outcome the host has not read. computed_tokens: of all these, how many
     have keys and values in the pool, or will by passes that were launched. held_tokens: how many its blocks have room for.
-    most_tokens: prompt and longest possible answer.
+    most_tokens: prompt and longest possible answer. team: whose it is (`SequenceRequest.isolation_key`).
     """
 
     sequence_id: str
@@ -38,6 +38,7 @@ class SequenceView:
     held_tokens: int = 0
     preemptions: int = 0
     unread_tokens: int = 0
+    team: str = ""
 
     @property
     def expected_tokens(self) -> int:
@@ -72,6 +73,14 @@ class ModelBatch:
     model: str
     decode: tuple[str, ...]
     chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """accounts: of the models' prompts (`fair_shares.py`), for the next step."""
+
+    batches: list[ModelBatch]
+    accounts: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +125,22 @@ def waits_for_prefix(left_blocks: int, coming_blocks: int) -> bool:
 
 
 def plan_step(
-    running: Sequence[SequenceView], chunk_tokens: int, step_tokens: int, turn: int
-) -> list[ModelBatch]:
+    running: Sequence[SequenceView],
+    chunk_tokens: int,
+    step_tokens: int,
+    turn: int,
+    accounts: Mapping[str, int],
+) -> StepPlan:
     """What one step computes: one batch for each model with work. running: in order of arrival.
 
+    turn: number of the step; another model's pass is the first each time. accounts: as the last step left them.
+
     1. Every decoding sequence decodes one token; those that only wait for a pass to be read have nothing to do.
-    2. Prompts share what that leaves of `step_tokens`: the models take turns, beginning with number `turn` modulo their
-       count; within a model the oldest goes first, one chunk each.
+    2. Prompts share what that leaves of `step_tokens`, chunk by chunk: the model whose account is the least goes next, and
+       pays for it by its weight (`fair_shares.model_weights`); within a model the oldest goes first, one chunk each.
     3. A chunk ends at a multiple of `chunk_tokens` or with the prompt, never earlier: where a prompt is cut does not
        depend on its neighbours. One that does not fit in what is left waits, and all of its model behind it.
-    4. The first chunk is computed whatever is left: each model has one whenever its turn comes first, so that answers
+    4. The first chunk is computed whatever is left: each model has one when its account is the least, so that answers
        never starve prompts.
     5. No chunk reaches from the prompt into the answer: answer tokens that are computed again (after a resume or a
        pre-emption) go through the arithmetic of decoding, so that in any precision the rest follows as if unbroken.
@@ -143,34 +158,37 @@ def plan_step(
     first = turn % len(models) if models else 0
     order = models[first:] + models[:first]
     tokens_left = step_tokens - sum(map(len, decode.values()))
-    chunks = _share_out(
-        [(model, prompts[model]) for model in order if model in prompts], chunk_tokens, tokens_left
-    )
-    return [
+    chunks, accounts = _share_out(prompts, chunk_tokens, tokens_left, accounts)
+    batches = [
         ModelBatch(model, tuple(decode.get(model, ())), tuple(chunks.get(model, ())))
         for model in order
         if model in decode or model in chunks
     ]
+    return StepPlan(batches, accounts)
 
 
 def _share_out(
-    prompts: Sequence[tuple[str, Sequence[SequenceView]]], chunk_tokens: int, tokens_left: int
-) -> dict[str, list[Chunk]]:
-    """Rules 2 to 4 of `plan_step`."""
+    prompts: Mapping[str, Sequence[SequenceView]],
+    chunk_tokens: int,
+    tokens_left: int,
+    accounts: Mapping[str, int],
+) -> tuple[dict[str, list[Chunk]], dict[str, int]]:
+    """Rules 2 to 4 of `plan_step`; also the accounts afterwards."""
     chunks: dict[str, list[Chunk]] = {}
-    queues = deque((model, iter(views)) for model, views in prompts)
+    weights = model_weights(prompts)
+    accounts = open_accounts(accounts, sorted(prompts))
+    queues = {model: iter(views) for model, views in prompts.items()}
     while queues:
-        model, views = queues.popleft()
-        view = next(views, None)
-        if view is None:
-            continue
-        chunk = next_chunk(view, chunk_tokens)
-        if chunk.count > tokens_left and chunks:
+        model = min(queues, key=lambda each: (accounts[each], each))
+        view = next(queues[model], None)
+        chunk = next_chunk(view, chunk_tokens) if view is not None else None
+        if chunk is None or (chunk.count > tokens_left and chunks):
+            del queues[model]
             continue
         chunks.setdefault(model, []).append(chunk)
         tokens_left -= chunk.count
-        queues.append((model, views))
-    return chunks
+        accounts[model] += charge(chunk.count, weights[model])
+    return chunks, accounts
 
 
 def next_chunk(view: SequenceView, chunk_tokens: int) -> Chunk:

@@ -61,6 +61,7 @@ class Engine:
             self._steps_ahead = 1 if self._device.type == "cuda" else 0
         self._arrivals = 0
         self._steps = 0
+        self._prompt_accounts: dict[str, int] = {}
 
     @property
     def has_work(self) -> bool:
@@ -217,7 +218,9 @@ class Engine:
         views = [sequence.view for sequence in self._residents.running.values()]
         chunk_tokens = self.config.prefill_chunk_tokens
         launched: list[LaunchedPass] = []
-        for batch in plan_step(views, chunk_tokens, self._step_tokens, self._steps):
+        plan = plan_step(views, chunk_tokens, self._step_tokens, self._steps, self._prompt_accounts)
+        self._prompt_accounts = plan.accounts
+        for batch in plan.batches:
             passes = self._launch(batch)
             if passes is None:
                 # Nothing is changed by it. Once the tokens are read, the next step cuts it until only the culprit fails.

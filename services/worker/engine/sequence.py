@@ -147,6 +147,7 @@ def make_sequence(
             prompt_tokens=len(prompt),
             most_tokens=len(prompt) + request.max_tokens,
             known_tokens=len(prompt),
+            team=request.isolation_key,
         ),
         names=PrefixNames(_prefix_seed(request.isolation_key, model), block_tokens),
     )

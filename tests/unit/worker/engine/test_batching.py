@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -173,8 +174,8 @@ def test_waits_for_prefix(left_blocks: int, coming_blocks: int, expected: bool) 
         pytest.param(
             [view("a", 1), view("b", 2, model="n")],
             1,
-            [ModelBatch("n", (), (Chunk("b", 0, 16),))],
-            id="models take turns: the second",
+            [ModelBatch("m", (), (Chunk("a", 0, 16),))],
+            id="the number of the step alone decides no turn",
         ),
         pytest.param(
             [view("a", 1), decoding("b", 2, model="n")],
@@ -185,14 +186,76 @@ def test_waits_for_prefix(left_blocks: int, coming_blocks: int, expected: bool) 
     ],
 )
 def test_plan_step(running: list[SequenceView], turn: int, expected: list[ModelBatch]) -> None:
-    assert plan_step(running, chunk_tokens=16, step_tokens=20, turn=turn) == expected
+    assert plan_step(running, 16, 20, turn, {}).batches == expected
+
+
+@pytest.mark.parametrize(
+    ("accounts", "expected"),
+    [
+        ({"m": 0, "n": 1}, ["m"]),
+        ({"m": 1, "n": 0}, ["n"]),
+        ({"m": 7}, ["m"]),
+        ({"n": 7, "gone": 3}, ["m"]),
+    ],
+)
+def test_the_model_with_the_least_account_has_its_prompt_computed(
+    accounts: dict[str, int], expected: list[str]
+) -> None:
+    plan = plan_step([view("a", 1), view("b", 2, model="n")], 16, 20, 0, accounts)
+    assert [batch.model for batch in plan.batches] == expected
+    assert set(plan.accounts) == {"m", "n"}
+
+
+def test_models_share_prompts_by_their_weights_and_none_starves() -> None:
+    """Eight prompts of one model, two of another, one of a third, each as long as it lasts: 4 to 2 to 1."""
+    views = [view(f"{model}{n}", n, model=model, known_tokens=2000, team="t")
+             for model, count in (("m", 8), ("n", 2), ("o", 1)) for n in range(count)]  # fmt: skip
+    accounts: dict[str, int] = {}
+    chunks: Counter[str] = Counter()
+    for step in range(70):
+        plan = plan_step(views, 16, 16, step, accounts)
+        accounts = plan.accounts
+        for batch in plan.batches:
+            chunks[batch.model] += len(batch.chunks)
+            for chunk in batch.chunks:
+                (mine,) = [each for each in views if each.sequence_id == chunk.sequence_id]
+                mine.computed_tokens += chunk.count
+    assert chunks == {"m": 40, "n": 20, "o": 10}
+
+
+def test_a_model_that_only_answers_takes_no_turn_from_the_others_prompts() -> None:
+    views = [
+        decoding("d", 0, model="a"),
+        *(view(f"s{model}", 1, model=model, known_tokens=900) for model in "mn"),
+    ]
+    accounts: dict[str, int] = {}
+    order = []
+    for step in range(6):
+        plan = plan_step(views, 16, 16, step, accounts)
+        accounts = plan.accounts
+        order += [batch.model for batch in plan.batches if batch.chunks]
+    assert order == ["m", "n"] * 3
+
+
+def test_who_comes_back_is_owed_nothing() -> None:
+    busy = [view("a", 1, known_tokens=9000)]
+    accounts: dict[str, int] = {}
+    for step in range(50):
+        accounts = plan_step(busy, 16, 16, step, accounts).accounts
+    both = [*busy, view("b", 2, model="n", known_tokens=9000)]
+    served = []
+    for step in range(4):
+        plan = plan_step(both, 16, 16, step, accounts)
+        accounts = plan.accounts
+        served += [batch.model for batch in plan.batches]
+    assert sorted(served) == ["m", "m", "n", "n"]
 
 
 def test_a_chunk_never_reaches_from_the_prompt_into_the_answer() -> None:
     resumed = {"prompt_tokens": 20, "known_tokens": 200, "most_tokens": 300}
     computed, cuts = 0, []
     while computed < 199:
-        [batch] = plan_step([view("a", computed_tokens=computed, **resumed)], 16, 16, turn=0)
+        [batch] = plan_step([view("a", computed_tokens=computed, **resumed)], 16, 16, 0, {}).batches
         [chunk] = batch.chunks or [Chunk("a", computed, 1)]
         cuts.append((chunk.start, chunk.count))
         computed += chunk.count
@@ -207,7 +270,7 @@ def test_plan_step_cuts_a_prompt_at_the_same_places_whatever_runs_beside_it() ->
             for n in range(rng.randrange(5))
         ]
         mine = view("mine", 10, known_tokens=50, computed_tokens=32)
-        for batch in plan_step([*neighbours, mine], 16, rng.randrange(1, 99), turn=rng.randrange(4)):
+        for batch in plan_step([*neighbours, mine], 16, rng.randrange(1, 99), rng.randrange(4), {}).batches:
             for chunk in batch.chunks:
                 if chunk.sequence_id == "mine":
                     assert chunk == Chunk("mine", 32, 16)

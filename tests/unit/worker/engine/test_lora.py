@@ -255,7 +255,7 @@ def test_sequences_of_one_base_share_a_pass() -> None:
             [("a", "m", 7), ("m", "m", 7), ("b", "m", 0), ("c", "n", 7)]
         )
     ]
-    batches = plan_step(views, 16, 64, 0)
+    batches = plan_step(views, 16, 64, 0, {}).batches
     assert [(batch.model, batch.decode, len(batch.chunks)) for batch in batches] == [
         ("m", ("s0", "s1"), 1),
         ("n", ("s3",), 0),
