@@ -32,6 +32,8 @@ class StubEngine:
         self._tokens_per_step = tokens_per_step
         self._answers: dict[str, _Answer] = {}
         self._models: set[str] = set()
+        self._bases: dict[str, str] = {}
+        """Of loaded adapters."""
         self._lock = threading.Lock()
 
     @property
@@ -46,11 +48,21 @@ class StubEngine:
     def load_image(self, handle: str, path: Path, key: str, *, ask_canary: bool) -> ModelInfo:
         return self.load_model(handle, path)
 
+    def load_adapter(self, handle: str, base_handle: str, folder: Path) -> ModelInfo:
+        with self._lock:
+            if base_handle not in self._models:
+                raise ValueError(f"model {base_handle} is not loaded")
+            self._bases[handle] = base_handle
+        return self.load_model(handle, folder)
+
     def unload_model(self, handle: str) -> None:
+        if handle in self._bases.values():
+            raise ValueError(f"model {handle} has adapters")
         if any(answer.request.model == handle for answer in self._answers.values()):
             raise ValueError(f"model {handle} has sequences")
         with self._lock:
             self._models.discard(handle)
+            self._bases.pop(handle, None)
 
     def add(self, request: SequenceRequest) -> None:
         self._answers[request.sequence_id] = _Answer(request, len(request.prior_tokens))

@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 
 from services.worker.image_store import ImageNotMade, ImageStore
-from shared.messages import ModelRef
+from shared.messages import WeightsRef
 
 log = structlog.get_logger()
 
@@ -19,10 +19,10 @@ MOST_WAITING = 1000
 class ImageMaker:
     def __init__(self, store: ImageStore) -> None:
         self._store = store
-        self._waiting: asyncio.Queue[tuple[str, ModelRef, Path, int]] = asyncio.Queue(MOST_WAITING)
+        self._waiting: asyncio.Queue[tuple[str, WeightsRef, Path, int]] = asyncio.Queue(MOST_WAITING)
         self._asked: set[str] = set()
 
-    def ask(self, key: str, ref: ModelRef, folder: Path, weight_bytes: int) -> None:
+    def ask(self, key: str, ref: WeightsRef, folder: Path, weight_bytes: int) -> None:
         """Idempotent while the image is waited for. What failed is tried again only when it is asked for again."""
         if key in self._asked or self._waiting.full():
             return

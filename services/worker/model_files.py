@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from shared.messages import ModelRef
+from shared.messages import WeightsRef
 from shared.model_folder import ModelManifest
 
 MANIFEST_FILE = "manifest.json"
@@ -24,7 +24,7 @@ def read_manifest(folder: Path) -> ModelManifest:
         raise ModelUnavailable("the model's manifest cannot be read") from error
 
 
-def content_id(ref: ModelRef, folder: Path) -> str:
+def content_id(ref: WeightsRef, folder: Path) -> str:
     """Says whose files these are, and exactly which. Raises `ModelUnavailable`.
 
     Two teams that registered the same files have two images: none can tell from the time of a load what another has.

@@ -4,6 +4,7 @@
 2. One that differs is thrown away, the model is refused and an alarm raised: nothing of it is ever answered. A later try
    finds no image and begins with the folder.
 3. A folder is compared with its manifest. Then an image is made of it, beside serving, for the next time.
+4. An adapter is loaded from its folder, onto its base, which has to be on the device: it is too small to need an image.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from services.worker.image_maker import ImageMaker
 from services.worker.image_store import HeldImage, ImageStore
 from services.worker.model_files import ModelUnavailable, content_id, read_manifest, verify_files
 from services.worker.pull_snapshot import ModelKey
-from shared.messages import ModelRef
+from shared.messages import ModelRef, WeightsRef
 
 log = structlog.get_logger()
 
-OnDamage = Callable[[ModelRef, str], None]
+OnDamage = Callable[[WeightsRef, str], None]
 
 
 class ModelLoads:
@@ -39,15 +40,15 @@ class ModelLoads:
         self._in_use: dict[ModelKey, HeldImage] = {}
         self._asked_canaries: set[str] = set()
 
-    def file_bytes(self, ref: ModelRef) -> int:
+    def file_bytes(self, ref: WeightsRef) -> int:
         """Of the model's weights as they were registered. Raises `ModelUnavailable`."""
         files = read_manifest(self._folder(ref)).files
         return sum(file.size_bytes for file in files if file.name.endswith(".safetensors"))
 
-    async def load(self, ref: ModelRef) -> ModelInfo:
+    async def load(self, ref: WeightsRef) -> ModelInfo:
         """Raises `ModelUnavailable`, and whatever the engine raises; then nothing is kept."""
         folder = self._folder(ref)
-        if self._images is None:
+        if self._images is None or _base(ref) is not None:
             return await self._load_folder(ref, folder)
         key = self._images.key(content_id(ref, folder))
         image = self._images.hold(key)
@@ -64,9 +65,9 @@ class ModelLoads:
         if image is not None:
             image.close()
 
-    def prepare(self, ref: ModelRef) -> None:
+    def prepare(self, ref: WeightsRef) -> None:
         """Have an image made of a model that may be asked for, if there is none. Raises `ModelUnavailable`."""
-        if self._images is not None:
+        if self._images is not None and _base(ref) is None:
             folder = self._folder(ref)
             key = self._images.key(content_id(ref, folder))
             if not self._images.has(key):
@@ -77,7 +78,7 @@ class ModelLoads:
         if self._maker is not None:
             await self._maker.run()
 
-    async def _load_image(self, ref: ModelRef, image: HeldImage, images: ImageStore) -> ModelInfo:
+    async def _load_image(self, ref: WeightsRef, image: HeldImage, images: ImageStore) -> ModelInfo:
         model = (ref.model_id, ref.revision)
         try:
             info = await self._engine.load_image(
@@ -100,20 +101,27 @@ class ModelLoads:
         self._in_use[model] = image
         return info
 
-    async def _load_folder(self, ref: ModelRef, folder: Path) -> ModelInfo:
+    async def _load_folder(self, ref: WeightsRef, folder: Path) -> ModelInfo:
         try:
             await asyncio.to_thread(verify_files, folder, read_manifest(folder))
         except ModelUnavailable as error:
             self._on_damage(ref, str(error))
             raise
-        return await self._engine.load(model_handle((ref.model_id, ref.revision)), folder)
+        base = _base(ref)
+        base_handle = None if base is None else model_handle((base.model_id, base.revision))
+        return await self._engine.load(model_handle((ref.model_id, ref.revision)), folder, base_handle)
 
-    def _ask_image(self, key: str, ref: ModelRef, folder: Path) -> None:
+    def _ask_image(self, key: str, ref: WeightsRef, folder: Path) -> None:
         if self._maker is not None:
             self._maker.ask(key, ref, folder, self.file_bytes(ref))
 
-    def _folder(self, ref: ModelRef) -> Path:
+    def _folder(self, ref: WeightsRef) -> Path:
         folder = (self._store / ref.folder).resolve()
         if not folder.is_relative_to(self._store):
             raise ModelUnavailable("the model's folder is outside the store")
         return folder
+
+
+def _base(ref: WeightsRef) -> WeightsRef | None:
+    """Of an adapter."""
+    return ref.base if isinstance(ref, ModelRef) else None

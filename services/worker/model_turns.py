@@ -15,7 +15,7 @@ quantum at least, every paused job gets on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.worker.pull_snapshot import ModelKey, Preload, Snapshot, WorkClass
 
@@ -50,13 +50,15 @@ def plan_turns(snapshot: Snapshot, budget_bytes: int) -> Turns:
     """Decide the next swap.
 
     1. One swap at a time: nothing while a model is loading or evicting. Loading runs beside the answers of others.
-    2. The next model is an absent one that a waiting job or a pin names: `choose_next`. When there is none and no job
+    2. The next model is an absent one that a waiting job or a pin names: `choose_next`; for an adapter whose base is
+       absent it is the base. When there is none and no job
        waits at all, it is the first preload that is absent.
     3. If the memory allows, it is loaded at once; also one above the whole budget, into an empty device.
     4. Else others make room, as few as do, in this order: those without any work, the least recently used first; for a
        live job or a pin, those with batch work only; those whose quantum is over, the longest turn first. Their jobs are
        paused. For a preload only those without work go, and only if it may evict.
-    5. A model that runs a job which was in a crash stays: such a job is left alone. A pinned model stays.
+    5. A model that runs a job which was in a crash stays: such a job is left alone. A pinned model stays. The base of an
+       adapter is used by whatever the adapter is used for; it goes with all adapters on it, which go first, or not at all.
     6. If those do not make room enough, nobody goes yet: a model is never evicted for nothing.
     7. A model that does not fit beside the pinned ones that are here is not waited for: `no_room` names it.
     """
@@ -69,7 +71,7 @@ def plan_turns(snapshot: Snapshot, budget_bytes: int) -> Turns:
     preload = None if snapshot.waiting else _next_preload(snapshot, budget_bytes)
     if preload is not None:
         victims = _without_work(snapshot) if preload.may_evict else []
-        return _make_room(snapshot, preload.model, victims, budget_bytes, no_room)
+        return _make_room(snapshot, _target(snapshot, preload.model), victims, budget_bytes, no_room)
     return Turns(no_room=no_room)
 
 
@@ -77,17 +79,24 @@ def _make_room(
     snapshot: Snapshot, key: ModelKey, victims: Iterable[ModelKey], budget_bytes: int, no_room: list[ModelKey]
 ) -> Turns:
     """Rules 3 to 6 of `plan_turns`."""
-    resident_bytes = sum(slot.weight_bytes for slot in snapshot.models.values())
-    need_bytes = snapshot.sizes[key] + resident_bytes - budget_bytes
-    if need_bytes <= 0 or resident_bytes == 0:  # 3
+    base = snapshot.bases.get(key)
+    others = {each: slot.weight_bytes for each, slot in snapshot.models.items() if each != base}
+    need_bytes = (
+        snapshot.sizes[key] + sum(slot.weight_bytes for slot in snapshot.models.values()) - budget_bytes
+    )
+    if need_bytes <= 0 or sum(others.values()) == 0:  # 3
         return Turns(load=[key], no_room=no_room)
     evict: list[ModelKey] = []
     for victim in victims:  # 4
-        evict.append(victim)
-        need_bytes -= snapshot.models[victim].weight_bytes
-        if need_bytes <= 0:
+        if victim == base:
+            continue
+        # 5: those on it are victims themselves, or it would be none.
+        group = [*_adapters_on(snapshot, victim), victim]
+        evict += [each for each in group if each not in evict]
+        if sum(others[each] for each in evict) >= need_bytes:
             break
-    leaves_empty = len(evict) == sum(slot.weight_bytes > 0 for slot in snapshot.models.values())
+    need_bytes -= sum(others[each] for each in evict)
+    leaves_empty = len(evict) == sum(weight_bytes > 0 for weight_bytes in others.values())
     if need_bytes > 0 and not leaves_empty:  # 6
         return Turns(no_room=no_room)
     pause = [job.job_id for job in snapshot.running if job.model in evict]
@@ -100,7 +109,8 @@ def choose_next(snapshot: Snapshot, budget_bytes: int) -> Wish | None:
     1. A model that somebody waits for with a live request goes before one that only batch work names. An absent model
        that is pinned counts as one with a live request, which has waited since it was pinned.
     2. The model whose oldest job waits longest; but among those whose oldest came within `OVERTAKE_S` of that one, the
-       model with the most waiting sequences for each second of its swap. So jobs ABCABC run as AABBCC, and nobody is
+       model with the most waiting sequences for each second of its swap (of both, for an adapter and an absent base: the
+       base is loaded first). So jobs ABCABC run as AABBCC, and nobody is
        overtaken by who came much later.
     3. One that does not fit beside the pinned models is not chosen.
     """
@@ -113,8 +123,7 @@ def choose_next(snapshot: Snapshot, budget_bytes: int) -> Wish | None:
     wishes += [Wish(key, "live", pinned_s, 1) for key, pinned_s in snapshot.pinned.items()]
     sequences: dict[ModelKey, int] = {}
     for wish in wishes:
-        is_absent = wish.model not in snapshot.models and wish.model in snapshot.sizes
-        if not is_absent or not _fits(snapshot, wish.model, budget_bytes):  # 3
+        if not _can_come(snapshot, wish.model) or not _fits(snapshot, wish.model, budget_bytes):  # 3
             continue
         sequences[wish.model] = sequences.get(wish.model, 0) + wish.sequences
         first = oldest.setdefault(wish.model, wish)
@@ -127,30 +136,65 @@ def choose_next(snapshot: Snapshot, budget_bytes: int) -> Wish | None:
     longest_s = max(wish.waited_s for wish in rivals)
 
     def benefit(wish: Wish) -> float:
-        return sequences[wish.model] / max(snapshot.swap_s.get(wish.model, UNKNOWN_SWAP_S), 1e-3)
+        # With its base's, which is no longer counted once that is here: so nobody else goes between the two.
+        steps = {wish.model, _target(snapshot, wish.model)}
+        swap_s = sum(snapshot.swap_s.get(key, UNKNOWN_SWAP_S) for key in steps)
+        return sequences[wish.model] / max(swap_s, 1e-3)
 
     near = [wish for wish in rivals if wish.waited_s > longest_s - OVERTAKE_S]  # 2
-    return max(near, key=lambda wish: (benefit(wish), wish.waited_s))
+    chosen = max(near, key=lambda wish: (benefit(wish), wish.waited_s))
+    return replace(chosen, model=_target(snapshot, chosen.model))
+
+
+def _can_come(snapshot: Snapshot, key: ModelKey) -> bool:
+    """Whether it is absent and can be loaded, and its base too."""
+    is_known = key in snapshot.sizes and _target(snapshot, key) in snapshot.sizes
+    return is_known and key not in snapshot.models
+
+
+def _target(snapshot: Snapshot, key: ModelKey) -> ModelKey:
+    """What is loaded next for a model: itself, or the base that it lacks."""
+    base = snapshot.bases.get(key)
+    return key if base is None or base in snapshot.models else base
+
+
+def _adapters_on(snapshot: Snapshot, base: ModelKey) -> list[ModelKey]:
+    """Those that are here; one that failed is not."""
+    return [
+        key
+        for key, slot in snapshot.models.items()
+        if snapshot.bases.get(key) == base and slot.weight_bytes > 0
+    ]
+
+
+def _with_bases(snapshot: Snapshot, keys: Iterable[ModelKey]) -> set[ModelKey]:
+    found = set(keys)
+    return found | {snapshot.bases[key] for key in found if key in snapshot.bases}
 
 
 def _named(snapshot: Snapshot) -> list[ModelKey]:
     """Absent models that jobs wait for."""
     named = dict.fromkeys(job.model for job in snapshot.waiting)
-    return [key for key in named if key not in snapshot.models and key in snapshot.sizes]
+    return [key for key in named if _can_come(snapshot, key)]
 
 
 def _fits(snapshot: Snapshot, key: ModelKey, budget_bytes: int) -> bool:
-    """Whether it could be here together with the pinned models that are: they are never evicted."""
+    """Whether it, with its base, could be here together with the pinned models that are: they are never evicted."""
+    pinned = _with_bases(snapshot, snapshot.pinned)
+    own = _with_bases(snapshot, [key])
     pinned_bytes = sum(
-        slot.weight_bytes for each, slot in snapshot.models.items() if each in snapshot.pinned and each != key
+        slot.weight_bytes for each, slot in snapshot.models.items() if each in pinned and each not in own
     )
-    return pinned_bytes == 0 or pinned_bytes + snapshot.sizes[key] <= budget_bytes
+    own_bytes = sum(
+        snapshot.models[each].weight_bytes if each in snapshot.models else snapshot.sizes.get(each, 0)
+        for each in own
+    )
+    return pinned_bytes == 0 or pinned_bytes + own_bytes <= budget_bytes
 
 
 def _next_preload(snapshot: Snapshot, budget_bytes: int) -> Preload | None:
     for preload in snapshot.preload:
-        is_absent = preload.model not in snapshot.models and preload.model in snapshot.sizes
-        if is_absent and _fits(snapshot, preload.model, budget_bytes):
+        if _can_come(snapshot, preload.model) and _fits(snapshot, preload.model, budget_bytes):
             return preload
     return None
 
@@ -158,10 +202,11 @@ def _next_preload(snapshot: Snapshot, budget_bytes: int) -> Preload | None:
 def _without_work(snapshot: Snapshot) -> list[ModelKey]:
     """Models that nobody needs now, the least recently used first."""
     with_work = {job.model for job in snapshot.running} | {job.model for job in snapshot.waiting}
+    needed = _with_bases(snapshot, with_work | set(snapshot.pinned))
     idle = [
         (slot.last_used_s, key)
         for key, slot in snapshot.models.items()
-        if slot.weight_bytes > 0 and key not in with_work and key not in snapshot.pinned
+        if slot.weight_bytes > 0 and key not in needed
     ]
     return [key for _, key in sorted(idle)]
 
@@ -172,7 +217,9 @@ def _victims(snapshot: Snapshot, wish: Wish) -> list[ModelKey]:
     idle = _without_work(snapshot)
     with_live = {job.model for job in snapshot.running if job.work_class == "live"}
     with_live |= {job.model for job in snapshot.waiting if job.work_class == "live"}
-    left_alone = {job.model for job in snapshot.running if job.attempt > 1} | set(snapshot.pinned)
+    with_live = _with_bases(snapshot, with_live)
+    in_crash = {job.model for job in snapshot.running if job.attempt > 1}
+    left_alone = _with_bases(snapshot, in_crash | set(snapshot.pinned))
     ranked: list[tuple[int, float, ModelKey]] = []
     for key, slot in snapshot.models.items():
         if slot.weight_bytes == 0 or key in left_alone or key in idle:
@@ -181,4 +228,5 @@ def _victims(snapshot: Snapshot, wish: Wish) -> list[ModelKey]:
             ranked.append((1, -slot.turn_s, key))
         elif slot.turn_s >= QUANTUM_S and (for_live or key not in with_live):
             ranked.append((2, -slot.turn_s, key))
-    return idle + [key for _, _, key in sorted(ranked)]
+    found = idle + [key for _, _, key in sorted(ranked)]
+    return [key for key in found if all(each in found for each in _adapters_on(snapshot, key))]

@@ -12,7 +12,7 @@ import structlog
 
 from services.worker.model_files import ModelUnavailable
 from services.worker.pull_snapshot import ModelKey, Preload
-from services.worker.residency import Residency
+from services.worker.residency import Residency, key_of
 from shared.messages import NO_PINS, ModelRef, PinSet, WorkerSpec
 
 log = structlog.get_logger()
@@ -23,7 +23,7 @@ class Pins:
 
     def __init__(self, spec: WorkerSpec, residency: Residency) -> None:
         self._residency = residency
-        self._likeliest = {_key(ref): ref for ref in spec.preload}
+        self._likeliest = {key_of(ref): ref for ref in spec.preload}
         self._told = list(self._likeliest)
         self._set = NO_PINS
         self._pinned: dict[ModelKey, ModelRef] = {}
@@ -41,15 +41,15 @@ class Pins:
         """The same set again changes nothing."""
         now_s = time.monotonic()
         self._set = pins
-        self._pinned = {_key(ref): ref for ref in pins.pinned}
+        self._pinned = {key_of(ref): ref for ref in pins.pinned}
         self._since_s = {key: self._since_s.get(key, now_s) for key in self._pinned}
-        self._asked = {_key(each.model): (each.model, each.asked_unix_ms) for each in pins.preload}
+        self._asked = {key_of(each.model): (each.model, each.asked_unix_ms) for each in pins.preload}
         self._done = {key: asked for key, asked in self._done.items() if key in self._asked}
         log.info("pins_set", version=pins.version, pinned=len(self._pinned), preload=len(self._asked))
 
-    def ref(self, key: ModelKey) -> ModelRef | None:
-        asked = self._asked.get(key)
-        return self._pinned.get(key) or (asked[0] if asked else None) or self._likeliest.get(key)
+    def refs(self) -> list[ModelRef]:
+        """All that is wanted."""
+        return [*self._pinned.values(), *(ref for ref, _ in self._asked.values()), *self._likeliest.values()]
 
     def first_refs(self) -> list[ModelRef]:
         """What a worker that starts has to have first: one of these."""
@@ -82,15 +82,11 @@ class Pins:
         return list(self._pinned), list(dict.fromkeys([*self._asked, *self._told]))
 
     def _can_load(self, ref: ModelRef) -> bool:
-        if self._residency.failure(_key(ref)) is not None:
+        if self._residency.failure(key_of(ref)) is not None:
             return False
         try:
             self._residency.size(ref)
         except ModelUnavailable as error:
-            self._residency.mark_failed(_key(ref), str(error))
+            self._residency.mark_failed(key_of(ref), str(error))
             return False
         return True
-
-
-def _key(ref: ModelRef) -> ModelKey:
-    return ref.model_id, ref.revision

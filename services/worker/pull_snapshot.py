@@ -75,5 +75,7 @@ class Snapshot:
     """How long a load of each model takes, as measured; a model that is missing here counts as `UNKNOWN_SWAP_S`."""
     pinned: Mapping[ModelKey, float] = field(default_factory=dict)
     """Models that have to be here, and for how many seconds that has been so; those that cannot be loaded are left out."""
+    bases: Mapping[ModelKey, ModelKey] = field(default_factory=dict)
+    """Of adapters: the model that each stands on. It has to be here for the adapter to be loaded, and as long as that is."""
     preload: Sequence[Preload] = ()
     """In this order; also such that are here already."""

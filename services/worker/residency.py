@@ -16,7 +16,7 @@ from services.worker.model_files import ModelUnavailable
 from services.worker.model_history import ModelHistories
 from services.worker.model_loads import ModelLoads
 from services.worker.pull_snapshot import ModelKey, ModelSlot
-from shared.messages import ModelRef, ResidentModel
+from shared.messages import ModelRef, ResidentModel, WeightsRef
 
 log = structlog.get_logger()
 
@@ -48,6 +48,8 @@ class Residency:
         self._models: dict[ModelKey, _Resident] = {}
         self._sizes: dict[ModelKey, int] = {}
         self._swap_s: dict[ModelKey, float] = {}
+        self.bases: dict[ModelKey, ModelKey] = {}
+        """Of every adapter that was asked about."""
         self.history = ModelHistories()
 
     def slots(self) -> dict[ModelKey, ModelSlot]:
@@ -65,8 +67,10 @@ class Residency:
         }
 
     def note_work(self, keys: Collection[ModelKey]) -> None:
-        """These models have jobs at the moment: their turn has begun, or goes on; that of the others is over."""
+        """These models have jobs at the moment: their turn, and that of their bases, has begun, or goes on; that of the
+        others is over."""
         now_s = time.monotonic()
+        keys = {*keys, *(self.bases[key] for key in keys if key in self.bases)}
         for key, model in self._models.items():
             if model.state != "ready" or key not in keys:
                 model.work_since_s = None
@@ -104,11 +108,16 @@ class Residency:
         return model is not None and model.state == "ready"
 
     def touch(self, key: ModelKey) -> None:
-        if (model := self._models.get(key)) is not None:
-            model.last_used_s = time.monotonic()
+        """It is used now, and so is its base."""
+        for each in (key, self.bases.get(key)):
+            if each is not None and (model := self._models.get(each)) is not None:
+                model.last_used_s = time.monotonic()
 
     def failure(self, key: ModelKey) -> str | None:
-        """Why the model cannot be used at present, or None."""
+        """Why the model, or the base of an adapter, cannot be used at present, or None."""
+        base = self.bases.get(key)
+        if base is not None and (reason := self.failure(base)) is not None:
+            return f"its base: {reason}"
         model = self._models.get(key)
         if model is None or model.state != "failed":
             return None
@@ -117,9 +126,16 @@ class Residency:
             return None
         return model.reason
 
-    def size(self, ref: ModelRef) -> int:
-        """Estimated weight bytes of a model that is not loaded yet. Raises `ModelUnavailable`."""
+    def size(self, ref: WeightsRef) -> int:
+        """Estimated weight bytes of a model that is not loaded yet; of an adapter, what it adds to its base.
+
+        Raises `ModelUnavailable`, also when an adapter's base cannot be read.
+        """
         key = (ref.model_id, ref.revision)
+        base = ref.base if isinstance(ref, ModelRef) else None
+        if base is not None:
+            self.bases[key] = (base.model_id, base.revision)
+            self.size(base)
         if key not in self._sizes:
             self._sizes[key] = int(self._loads.file_bytes(ref) * self._factor)
         return self._sizes[key]
@@ -130,8 +146,8 @@ class Residency:
     def mark_failed(self, key: ModelKey, reason: str) -> None:
         self._models[key] = _Resident("failed", 0, 0.0, failed_s=time.monotonic(), reason=reason)
 
-    async def load(self, ref: ModelRef) -> None:
-        """absent -> loading -> ready. Raises `ModelUnavailable` and leaves it `failed`."""
+    async def load(self, ref: WeightsRef) -> None:
+        """absent -> loading -> ready; an adapter's base has to be ready. Raises `ModelUnavailable` and leaves it `failed`."""
         key = (ref.model_id, ref.revision)
         self._models[key] = _Resident("loading", self.size(ref), time.monotonic())
         started_s = time.monotonic()
@@ -167,3 +183,15 @@ class Residency:
             raise
         del self._models[key]
         log.info("model_evicted", model_id=key[0], revision=key[1])
+
+
+def key_of(ref: WeightsRef) -> ModelKey:
+    return ref.model_id, ref.revision
+
+
+def find_ref(ref: ModelRef, key: ModelKey) -> WeightsRef | None:
+    """Where the weights of `key` are, if they are the model's or its base's."""
+    for part in (ref, ref.base):
+        if part is not None and key_of(part) == key:
+            return part
+    return None

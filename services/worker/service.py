@@ -38,7 +38,7 @@ from services.worker.owners import Owners
 from services.worker.pins import Pins
 from services.worker.pull_snapshot import ModelKey
 from services.worker.reports import Reporter
-from services.worker.residency import Residency
+from services.worker.residency import Residency, find_ref, key_of
 from services.worker.settings import WorkerSettings
 from services.worker.snapshots import take_snapshot
 from services.worker.stages import job_attributes, record_stages
@@ -63,6 +63,7 @@ from shared.messages import (
     OwnerBeat,
     RepeatTokens,
     SetPins,
+    WeightsRef,
     WorkerBeat,
     WorkerCommand,
     WorkerPhase,
@@ -146,10 +147,13 @@ class Worker:
                 return
 
     async def _preload_one(self, ref: ModelRef) -> bool:
+        parts: list[WeightsRef] = [ref] if ref.base is None else [ref.base, ref]
         try:
-            if self._residency.size(ref) > self._settings.model_memory_bytes:
+            if sum(map(self._residency.size, parts)) > self._settings.model_memory_bytes:
                 return False
-            await self._residency.load(ref)
+            for part in parts:
+                if not self._residency.is_ready(key_of(part)):
+                    await self._residency.load(part)
         except ModelUnavailable as error:
             # The worker serves its other models; jobs of this one are told why.
             log.error("preload_failed", model_id=ref.model_id, reason=str(error))
@@ -322,13 +326,15 @@ class Worker:
                 self._end(held, "failed", "model_unavailable", reason)
 
     async def _load(self, key: ModelKey) -> None:
-        waiting = [held for held in self._held.values() if held.model == key]
-        ref = waiting[0].job.model if waiting else self._pins.ref(key)
+        waiting = [held for held in self._held.values() if find_ref(held.job.model, key) is not None]
+        wanted = [held.job.model for held in waiting] or self._pins.refs()
+        ref = next((found for found in (find_ref(each, key) for each in wanted) if found is not None), None)
         if ref is None:
             return
         unbegun = [held for held in waiting if held.started_unix_ns is None]
         for held in unbegun:
-            held.swap_started_unix_ns = time.time_ns()
+            # An adapter's swap begins with that of its base.
+            held.swap_started_unix_ns = held.swap_started_unix_ns or time.time_ns()
         try:
             await self._residency.load(ref)
         except ModelUnavailable:
@@ -337,11 +343,11 @@ class Worker:
             held.swap_ended_unix_ns = time.time_ns()
         self._wake.set()
 
-    def _on_damage(self, ref: ModelRef, reason: str) -> None:
+    def _on_damage(self, ref: WeightsRef, reason: str) -> None:
         log.error("model_damaged", model_id=ref.model_id, revision=ref.revision, reason=reason)
         self._group.create_task(self._send_alarm(ref, reason))
 
-    async def _send_alarm(self, ref: ModelRef, reason: str) -> None:
+    async def _send_alarm(self, ref: WeightsRef, reason: str) -> None:
         alarm = ModelDamaged(
             event_id=new_id("evt"),
             worker_id=self.spec.worker_id,

@@ -44,6 +44,7 @@ def take_snapshot(
         lane_tokens,
         residency.swap_costs(sizes),
         pinned,
+        residency.bases,
         preloads,
     )
 

@@ -19,11 +19,10 @@ from tests.integration.worker_process import MODEL, stub_job
 __all__ = ["path"]  # the fixture
 
 
-def add_model(store: Path, model_id: str) -> ModelRef:
+def add_model(store: Path, model_id: str, weights: bytes = b"ab") -> ModelRef:
     """Its size is that of its file, 2 bytes; loaded, the stub engine says 1."""
     ref = msgspec.structs.replace(MODEL, model_id=model_id, name=f"team/{model_id}", folder=f"{model_id}/1")
     manifest = ModelManifest.from_json(json.loads((store / MODEL.folder / "manifest.json").read_text()))
-    weights = b"ab"
     file = ModelFile("model.safetensors", len(weights), hashlib.sha256(weights).hexdigest())
     target = store / ref.folder
     target.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,12 +17,11 @@ from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.states import PlaceState
 from shared import topology
 from shared.ids import new_id
-from shared.lease import Fenced
-from shared.messages import FleetEvent, ModelHistory, ResidentModel, WorkerReport
+from shared.messages import FleetEvent, JobUsage, ModelHistory, ResidentModel, WorkerReport
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway
 from tests.integration.test_gateway_management import make_resource, register
-from tests.integration.test_job_path import Path_, path, read
+from tests.integration.test_job_path import Path_, path, read, whole_text
 from tests.integration.test_model_turns import add_model, submit
 from tests.integration.test_scheduler_store import Tables, tables, take_over
 
@@ -76,6 +76,34 @@ async def test_a_worker_reports_swaps_hits_misses_and_why_a_model_failed(path: P
     assert (one.hits, one.misses, one.loads) == (2, 1, 1)
     assert (two.hits, two.misses, two.loads) == (0, 1, 1)
     assert 0 <= one.load_ms_p50 <= one.load_ms_p95 < 30_000
+
+
+async def test_a_hot_model_gets_a_second_copy_on_the_idle_worker(path: Path_) -> None:
+    """Memory for one model each: the model with more work than a worker can do takes both, but for the other's turn."""
+    hot, cold = add_model(path.store, "mod_hot"), add_model(path.store, "mod_cold")
+    async with reports_of(path) as heard:
+        workers = [
+            path.worker(step_s=0.02, max_batch=4, environment={"ROUNDHOUSE_WORKER_MODEL_BYTES": "1"})
+            for _ in range(2)
+        ]
+        ids = {worker.spec.worker_id for worker in workers}
+        await until(lambda: {report.worker_id for report in heard if report.phase == "ready"} == ids)
+        first = await submit(path, hot, 100)
+        reads = [asyncio.create_task(read(first))]
+        await until(lambda: any(model.state == "ready" for report in heard[-2:] for model in report.models))
+        copies = {
+            report.worker_id for report in heard for model in report.models if model.model_id == "mod_hot"
+        }
+        assert len(copies) == 1
+        reads += [asyncio.create_task(read(await submit(path, hot, 50))) for _ in range(40)]
+        reads.append(asyncio.create_task(read(await submit(path, cold, 5))))
+        results = await asyncio.wait_for(asyncio.gather(*reads), 60)
+        assert [text for text, _, _ in results] == [whole_text(100), *[whole_text(50)] * 40, whole_text(5)]
+    copies = {report.worker_id for report in heard for model in report.models if model.model_id == "mod_hot"}
+    assert copies == ids
+    facts = [fact for fact in await path.usage_events(42) if isinstance(fact, JobUsage)]
+    done = Counter(fact.worker_id for fact in facts if fact.model_id == "mod_hot")
+    assert min(done[worker_id] for worker_id in ids) >= 12, done
 
 
 # ---- the scheduler's table

@@ -293,6 +293,74 @@ def test_pins_and_preloads(
     assert plan_turns(snapshot, 2) == expected
 
 
+X, Y = ("x", 1), ("y", 1)
+"""Adapters on A."""
+
+
+@pytest.mark.parametrize(
+    ("models", "running", "waiting", "pinned", "preload", "expected"),
+    [
+        pytest.param({}, [], [waits(X)], {}, [], Turns(load=[A]), id="the base comes first"),
+        pytest.param({A: ready()}, [], [waits(X)], {}, [], Turns(load=[X]), id="then the adapter"),
+        pytest.param({A: ready(OVER), X: ready(OVER, last_used_s=5)}, [], [waits(C)], {}, [], Turns(evict=[X, A]),
+                     id="adapters go before their base"),
+        pytest.param({A: ready(), X: ready(last_used_s=9), Y: ready(last_used_s=5)}, [], [waits(B)], {}, [],
+                     Turns(evict=[X, Y, A]), id="a base that is idle takes its adapters along"),
+        pytest.param({A: ready(OVER), X: ready(IN_TURN)}, [runs(X)], [waits(C)], {}, [], Turns(),
+                     id="an adapter's quantum is its base's"),
+        pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(X), runs(A)], [waits(C)], {}, [],
+                     Turns(evict=[X, A], pause=["r-x", "r-a"]), id="their turn is over together"),
+        pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(A), runs(X, attempt=2)], [waits(C)], {}, [], Turns(),
+                     id="a job that was in a crash keeps the base too"),
+        pytest.param({A: ready(OVER), X: ready(OVER)}, [runs(X)], [waits(Y)], {}, [],
+                     Turns(evict=[X], pause=["r-x"]), id="adapters on one base make room for each other"),
+        pytest.param({A: ready(), X: ready()}, [], [waits(C)], {X: 9.0}, [], Turns(no_room=[C]),
+                     id="a pinned adapter pins its base"),
+        pytest.param({A: ready(OVER + 9), B: ready(OVER)}, [runs(A), runs(B)], [waits(C, 9.0)], {X: 0.0}, [],
+                     Turns(evict=[B], pause=["r-b"]), id="also before it is here"),
+        pytest.param({A: ready(IN_TURN, size=2)}, [runs(A, "batch")], [waits(C, 9.0), waits(X)], {}, [], Turns(),
+                     id="a base has live work when a live job waits for an adapter on it"),
+        pytest.param({A: ready(OVER, size=2), X: ready()}, [], [waits(Y)], {}, [], Turns(evict=[X]),
+                     id="a base above the budget with one adapter at a time"),
+        pytest.param({A: ready(size=2)}, [], [waits(Y)], {}, [], Turns(load=[Y]), id="nothing but the base is empty"),
+        pytest.param({}, [], [], {}, [X], Turns(load=[A]), id="a preload of an adapter begins with its base"),
+        pytest.param({A: ready(), X: ModelSlot("ready", 0, 0.0)}, [], [waits(C, 2.0), waits(B)], {}, [],
+                     Turns(load=[C]), id="an adapter that failed takes no room"),
+        pytest.param({A: ready(), B: ready(last_used_s=9), X: ModelSlot("ready", 0, 0.0)}, [], [waits(C)], {}, [],
+                     Turns(evict=[A]), id="nor does it hold its base"),
+    ],
+)  # fmt: skip
+def test_adapters_and_their_bases(
+    models: dict[ModelKey, ModelSlot],
+    running: list[RunningJob],
+    waiting: list[WaitingJob],
+    pinned: dict[ModelKey, float],
+    preload: list[ModelKey],
+    expected: Turns,
+) -> None:
+    sizes = {A: 1, B: 2 if B not in models else 1, C: 1, X: 1, Y: 1}
+    preloads = [Preload(each, True) for each in preload]
+    snapshot = Snapshot(
+        waiting, running, 0, models, sizes, pinned=pinned, preload=preloads, bases={X: A, Y: A}
+    )
+    assert plan_turns(snapshot, 2) == expected
+
+
+def test_an_adapter_without_its_base_costs_both_swaps() -> None:
+    waiting = [waits(X), waits(X, 0.11), waits(B)]
+    swap_s = {A: 2.0, X: 0.1, B: 0.5}
+    snapshot = Snapshot(waiting, [], 0, {}, {A: 1, X: 1, B: 1}, swap_s=swap_s, bases={X: A})
+    assert plan_turns(snapshot, 9).load == [B]
+    snapshot = replace(snapshot, models={A: ready()})
+    assert plan_turns(snapshot, 9).load == [X]
+
+
+def test_a_base_is_used_by_what_its_adapters_run() -> None:
+    models = {A: ready(IN_TURN, last_used_s=1), X: ready(IN_TURN, last_used_s=2), B: ready(last_used_s=9)}
+    snapshot = Snapshot([waits(C)], [runs(X)], 0, models, {C: 1}, bases={X: A})
+    assert plan_turns(snapshot, 3) == Turns(evict=[B])
+
+
 def test_a_cheap_swap_goes_before_an_expensive_one() -> None:
     snapshot = Snapshot([waits(B), waits(C)], [], 0, {}, {B: 1, C: 1}, swap_s={B: 2.0, C: 0.5})
     assert plan_turns(snapshot, 2).load == [C]
@@ -320,18 +388,24 @@ def random_worker(seed: int) -> SimulatedWorker:
         work_s = dice.choice([0.1, 0.5, 1.5, 6.0])
         jobs.append(SimulatedJob(f"j{index}", dice.choice(models), now_s, work_s, work_class))
     memory = dice.randint(2, 6)
+    bases: dict[ModelKey, ModelKey] = {}
+    if dice.random() < 0.4:
+        bases = {model: dice.choice(models[:2]) for model in models[2:] if dice.random() < 0.7}
     pins: dict[ModelKey, float] = {}
-    for model in dice.sample(
-        models, dice.choice([0, 0, 1, 2, min(4, len(models))]) if len(models) > 1 else 0
-    ):
-        # Room for the largest of the others is left, as the scheduler sees to.
-        if sum(sizes[pin] for pin in pins) + sizes[model] + 2 <= memory:
+    for model in dice.sample(models, min(dice.choice([0, 0, 1, 2, 4]), len(models) - 1)):
+        # Room for the largest of the others, and its base, is left, as the scheduler sees to.
+        held = {*pins, model, *(bases[pin] for pin in [*pins, model] if pin in bases)}
+        if sum(sizes[pin] for pin in held) + (4 if bases else 2) <= memory:
             pins[model] = dice.choice([0.0, 0.0, dice.random() * 5.0])
     preload = [Preload(model, dice.random() < 0.5) for model in dice.sample(models, min(2, len(models)))]
     return SimulatedWorker(
-        jobs, swap_s, sizes, memory, max_sequences=32, broken=broken, pins=pins,
+        jobs, swap_s, sizes, memory, max_sequences=32, broken=broken, pins=pins, bases=bases,
         preload=preload if dice.random() < 0.3 else [],
     )  # fmt: skip
+
+
+def is_broken(worker: SimulatedWorker, model: ModelKey) -> bool:
+    return model in worker.broken or worker.bases.get(model) in worker.broken
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -341,8 +415,9 @@ def test_each_live_job_waits_within_the_bound_in_a_thousand_schedules(block: int
         worker.run()
         for job in worker.jobs:
             assert job.ended_s is not None
-            assert job.is_failed == (job.model in worker.broken)
-            assert not set(worker.pins) - worker.broken - set(worker.slots), "a pinned model never came"
+            assert job.is_failed == is_broken(worker, job.model)
+            missing = [pin for pin in worker.pins if pin not in worker.slots and not is_broken(worker, pin)]
+            assert missing == [], "a pinned model never came"
             if job.work_class == "live" and not job.is_failed:
                 assert job.first_token_s is not None
                 waited_s = job.first_token_s - job.arrives_s

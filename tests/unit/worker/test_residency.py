@@ -14,7 +14,7 @@ from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
 from services.worker.pull_snapshot import ModelKey
 from services.worker.residency import Residency
-from shared.messages import ModelRef
+from shared.messages import ModelRef, WeightsRef
 
 REF = ModelRef(model_id="mod_1", revision=1, name="team/model", folder="mod_1/1", signature="s")
 
@@ -25,10 +25,10 @@ class Loads:
     def __init__(self, clock: list[float], load_s: float) -> None:
         self._clock, self._load_s = clock, load_s
 
-    def file_bytes(self, ref: ModelRef) -> int:
+    def file_bytes(self, ref: WeightsRef) -> int:
         return 200
 
-    async def load(self, ref: ModelRef) -> ModelInfo:
+    async def load(self, ref: WeightsRef) -> ModelInfo:
         self._clock[0] += self._load_s
         return ModelInfo("m", 100, 8, 8, ())
 
@@ -41,7 +41,7 @@ class BrokenLoads(Loads):
         super().__init__([0.0], 0.0)
         self._error = error
 
-    async def load(self, ref: ModelRef) -> ModelInfo:
+    async def load(self, ref: WeightsRef) -> ModelInfo:
         raise self._error
 
 
@@ -99,3 +99,30 @@ async def test_a_swap_costs_what_it_took_and_an_unknown_one_what_its_size_sugges
     assert resident.swap_costs({("mod_2", 1)}) == {}
     await resident.load(REF)
     assert resident.swap_costs({("mod_1", 1), ("mod_2", 1)}) == {("mod_1", 1): 3.0, ("mod_2", 1): 6.0}
+
+
+BASE = WeightsRef(model_id="mod_base", revision=4, name="team/base", folder="mod_base/4", signature="s")
+ADAPTER = msgspec.structs.replace(REF, model_id="mod_adapter", base=BASE)
+
+
+async def test_an_adapter_works_and_fails_with_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    resident = Residency(cast(ModelLoads, Loads(clock, 1.0)), "bf16")
+    adapter, base = ("mod_adapter", 1), ("mod_base", 4)
+    assert resident.size(ADAPTER) == 200
+    assert resident.bases == {adapter: base}
+    assert set(resident.sizes()) == {adapter, base}
+    await resident.load(BASE)
+    await resident.load(ADAPTER)
+
+    resident.note_work({adapter})
+    clock[0] += 5.0
+    assert {key: slot.turn_s for key, slot in resident.slots().items()} == {adapter: 5.0, base: 5.0}
+    resident.touch(adapter)
+    assert {slot.last_used_s for slot in resident.slots().values()} == {clock[0]}
+
+    await resident.evict(adapter)
+    resident.mark_failed(base, "no such file")
+    assert resident.failure(adapter) == "its base: no such file"
+    assert resident.failure(("mod_other", 1)) is None

@@ -23,6 +23,7 @@ class ResidencyPart:
     def __init__(self, failed: ModelKey) -> None:
         self._failed = failed
         self.with_work: set[ModelKey] = set()
+        self.bases: dict[ModelKey, ModelKey] = {("m-waiting", 1): ("m-base", 1)}
 
     def note_work(self, keys: set[ModelKey]) -> None:
         self.with_work = keys
@@ -73,3 +74,4 @@ def test_what_is_held_is_seen_by_what_it_does_and_its_models_have_work() -> None
     # The failed one is there, so that its jobs are claimed and told, and cannot be loaded.
     assert (seen.models["m-failed", 1].state, seen.models["m-failed", 1].weight_bytes) == ("ready", 0)
     assert set(seen.sizes) == {("m-waiting", 1)}
+    assert seen.bases == {("m-waiting", 1): ("m-base", 1)}

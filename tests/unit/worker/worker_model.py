@@ -52,6 +52,7 @@ class SimulatedWorker:
     broken: frozenset[ModelKey] = frozenset()
     pins: dict[ModelKey, float] = field(default_factory=dict)
     preload: list[Preload] = field(default_factory=list)
+    bases: dict[ModelKey, ModelKey] = field(default_factory=dict)
     preloads_at_start: list[Preload] = field(init=False)
     now_s: float = 0.0
     held: list[SimulatedJob] = field(default_factory=list)
@@ -104,18 +105,23 @@ class SimulatedWorker:
                 else:
                     self.slots[key] = ("ready", self.now_s)
                     self.preload = [preload for preload in self.preload if preload.model != key]
-        for job in [job for job in self.held if job.model in self.failed]:
+        for job in [job for job in self.held if self._is_failed(job.model)]:
             job.is_failed = True
             self._end(job)
 
     def _end(self, job: SimulatedJob) -> None:
         job.ended_s = self.now_s
         self.held.remove(job)
-        if job.model in self.slots:
-            self.slots[job.model] = ("ready", self.now_s)
+        for key in (job.model, self.bases.get(job.model)):
+            if key is not None and key in self.slots and self.slots[key][0] == "ready":
+                self.slots[key] = ("ready", self.now_s)
+
+    def _is_failed(self, key: ModelKey) -> bool:
+        return key in self.failed or self.bases.get(key) in self.failed
 
     def snapshot(self) -> Snapshot:
         with_work = {job.model for job in self.held}
+        with_work |= {self.bases[key] for key in with_work if key in self.bases}
         for key, (state, _) in self.slots.items():
             if state == "ready" and key in with_work:
                 self.work_since_s.setdefault(key, self.now_s)
@@ -150,13 +156,14 @@ class SimulatedWorker:
                 )
                 for key, (state, used_s) in self.slots.items()
             },
-            sizes={key: size for key, size in self.sizes.items() if key not in self.failed},
+            sizes={key: size for key, size in self.sizes.items() if not self._is_failed(key)},
             swap_s=self.swap_s,
             pinned={
                 key: self.now_s - since_s
                 for key, since_s in self.pins.items()
-                if since_s <= self.now_s and key not in self.failed
+                if since_s <= self.now_s and not self._is_failed(key)
             },
+            bases=self.bases,
             preload=self.preload,
         )
 
@@ -178,7 +185,11 @@ class SimulatedWorker:
         for key in decided.evict:
             assert not self.pins.get(key, self.now_s + 1) <= self.now_s, "a pinned model was evicted"
             assert self.slots.pop(key)[0] == "ready", "a model was evicted while it loaded"
+            self.work_since_s.pop(key, None)
             assert not any(job.is_running and job.model == key for job in self.held), "evicted under its jobs"
+            assert not any(self.bases.get(other) == key for other in self.slots), (
+                "a base went before its adapter"
+            )
         assert decided.begin_at_once or not decided.claim
         for job_id in decided.start + decided.claim:
             job = by_id[job_id]
@@ -191,10 +202,14 @@ class SimulatedWorker:
         assert sum(job.is_running for job in self.held) <= self.max_sequences
         for key in decided.load:
             assert key not in self.slots
+            if key in self.bases:
+                assert self.slots[self.bases[key]][0] == "ready", "an adapter was loaded without its base"
             self.slots[key] = ("loading", self.now_s)
             self.loads.append(key)
             taken = sum(self.sizes[each] for each in self.slots)
-            assert taken <= self.memory or len(self.slots) == 1, "more is loaded than fits"
+            assert taken <= self.memory or set(self.slots) <= {key, self.bases.get(key)}, (
+                "more is loaded than fits"
+            )
             at(self.now_s + self.swap_s[key], "loaded", key)
         if decided.evict:
             at(self.now_s, "evicted", None)
@@ -210,6 +225,7 @@ def most_wait_s(worker: SimulatedWorker, job: SimulatedJob, quantum_s: float) ->
     ]
     ahead = {other.model for other in beside if other.work_class == "live"} | {job.model}
     ahead |= {model for model, since_s in worker.pins.items() if since_s <= job.arrives_s + OVERTAKE_S}
+    ahead |= {worker.bases[model] for model in ahead if model in worker.bases}
     # A load for batch work that has begun is not broken off.
     under_way_s = max(
         (worker.swap_s[other.model] for other in beside if other.model not in ahead), default=0.0

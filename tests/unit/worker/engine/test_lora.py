@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from services.worker.engine import Engine, EngineRefusal, ModelRefusal, Sampling
+from services.worker.engine import Engine, EngineConfig, EngineRefusal, ModelRefusal, Sampling
 from services.worker.engine.batching import SequenceView, plan_step
+from services.worker.engine.images.convert import convert
+from services.worker.engine.images.model_image import image_key
 from services.worker.engine.lora import read_adapter
 from services.worker.engine.lora_config import lora_config
+from services.worker.engine.native.build import load_library
 from services.worker.engine.spec import DecoderSpec, read_configs, spec_from_config
 from tests.unit.worker.engine.adapters import (
     RANK,
@@ -413,3 +416,22 @@ def test_the_demos_adapters_are_read(name: str, tmp_path: Path) -> None:
         assert not matrices.up[:576, 8:].any() and not matrices.up[576:768].any()
         assert not matrices.up[768:, :8].any()
         assert matrices.up[:576, :8].any() and matrices.up[768:, 8:].any()
+
+
+@pytest.mark.skipif(load_library().library is None, reason="images are of the C kernels")
+def test_adapters_answer_on_a_base_from_an_image_as_on_one_from_its_folder(
+    tiny: TinyModel, adapters: Adapters, tmp_path: Path
+) -> None:
+    config = EngineConfig(precision="fp32", max_batch=8, max_context_tokens=256, kv_tokens=2048)
+    key = image_key("content", config)
+    convert(tiny.folder, tmp_path / "m.image", key, config)
+    plain, mapped = Engine(config), Engine(config)
+    plain.load_model("m", tiny.folder)
+    mapped.load_image("m", tmp_path / "m.image", key, ask_canary=True)
+    answers = []
+    for engine in (plain, mapped):
+        adapters.load(engine)
+        found = answers_of(engine, ["m", "wide", "narrow"], prompt_of(9))
+        answers.append({name: answer.tokens for name, answer in found.items()})
+    assert answers[0] == answers[1]
+    assert len({tuple(tokens) for tokens in answers[0].values()}) == 3
