@@ -537,11 +537,15 @@ class PreloadAsked(Part, frozen=True):
 
 
 class PinSet(Part, frozen=True):
-    """Models that one worker has to hold, and those it shall load when no work waits. version: of the whole set, empty of none."""
+    """Models that one worker has to hold, and those it shall load when no work waits. version: of the whole set, empty of none.
+
+    known: those that jobs may name, the newest first, bounded: a worker makes images of them before anybody asks.
+    """
 
     version: str
     pinned: list[ModelRef] = []
     preload: list[PreloadAsked] = []
+    known: list[ModelRef] = []
 
 
 NO_PINS = PinSet(version="")

@@ -44,6 +44,19 @@ MODELS_OF = """
                      WHERE w.resource_id = r.resource_id), 0) AS largest_bytes
     FROM scheduler.resources r WHERE r.resource_id = ANY($1)
 """
+MOST_KNOWN = 64
+"""Images of more models than that are made when a model is first asked for. In a worker's environment a set has some 20 KB."""
+_KNOWN = f"""
+    SELECT r.resource_id, {COLUMNS}
+    FROM scheduler.resources r
+    CROSS JOIN LATERAL (
+        SELECT m.* FROM gateway_api.models_v1 m
+        WHERE m.model_type = r.model_type AND m.base_model_id IS NULL
+          AND (r.pool OR m.is_platform OR m.team_id = r.team_id)
+        ORDER BY m.created_at DESC, m.model_id LIMIT $2
+    ) AS m
+    WHERE r.resource_id = ANY($1)
+"""
 _HOLDING = (PlaceState.STARTING, PlaceState.READY)
 
 
@@ -85,9 +98,16 @@ class PinKeeper:
         for row in await self._database.fetch(_PRELOADS, PRELOAD_LASTS_S):
             asked = PreloadAsked(model=model_ref(row), asked_unix_ms=round(row["asked_at"] * 1000))
             preloads[row["resource_id"]].append(asked)
+        known: dict[str, list[ModelRef]] = defaultdict(list)
+        for row in await self._database.fetch(
+            _KNOWN, list({place.resource_id for place in places}), MOST_KNOWN
+        ):
+            known[row["resource_id"]].append(model_ref(row))
         held = await self._held(places, pinned, {key: report for key, (report, _) in workers.items()})
         self.sets = {
-            place.incarnation: pin_set(held.get(place.incarnation, []), preloads[place.resource_id])
+            place.incarnation: pin_set(
+                held.get(place.incarnation, []), preloads[place.resource_id], known[place.resource_id]
+            )
             for place in places
         }
 
@@ -129,10 +149,13 @@ def _worker(
     )
 
 
-def pin_set(pinned: list[ModelRef], preload: list[PreloadAsked]) -> PinSet:
+def pin_set(
+    pinned: list[ModelRef], preload: list[PreloadAsked], known: list[ModelRef] | None = None
+) -> PinSet:
     """The set with its version: the same models, in whatever order, have the same one."""
-    if not pinned and not preload:
+    known = known or []
+    if not (pinned or preload or known):
         return NO_PINS
-    parts = sorted(msgspec.json.encode(each) for each in [*pinned, *preload])
-    digest = hashlib.sha256(b"\n".join(parts)).hexdigest()
-    return PinSet(version=digest[:16], pinned=pinned, preload=preload)
+    groups = [sorted(map(msgspec.json.encode, each)) for each in (pinned, preload, known)]
+    digest = hashlib.sha256(b"\n\n".join(map(b"\n".join, groups))).hexdigest()
+    return PinSet(version=digest[:16], pinned=pinned, preload=preload, known=known)

@@ -37,6 +37,11 @@ class Pins:
     def version(self) -> str:
         return self._set.version
 
+    @property
+    def known(self) -> list[ModelRef]:
+        """Those that jobs may name, the newest first."""
+        return self._set.known
+
     def replace(self, pins: PinSet) -> None:
         """The same set again changes nothing."""
         now_s = time.monotonic()

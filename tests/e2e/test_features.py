@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from services.worker.engine.images.image_file import open_image
 from tests.e2e.conftest import System
 
 pytestmark = pytest.mark.timeout(300)
@@ -198,3 +200,18 @@ def test_an_answer_is_as_long_as_min_tokens_say(client: openai.OpenAI, system: S
     assert count(stop_token_ids=[paris]) == 1
     assert count(stop_token_ids=[paris], min_tokens=5) > 4
     assert count(ignore_eos=True) == 12
+
+
+# ---- models
+
+
+def test_every_model_gets_its_image_before_anybody_asks_for_it(system: System) -> None:
+    """The worker was told of all three; one was loaded from its folder at the start."""
+    registered = [folder.name for folder in (system.layout.home / "store").glob("mod_*")]
+    images = system.layout.home / "images"
+    deadline_s = time.monotonic() + 240
+    while len(found := list(images.glob("*.image"))) < len(registered):
+        assert time.monotonic() < deadline_s, f"{len(found)} of {len(registered)} images"
+        time.sleep(0.5)
+    for path in found:
+        open_image(path).verify()

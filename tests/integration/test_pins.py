@@ -20,7 +20,6 @@ from services.scheduler.pin_keeper import TELL_AGAIN_S, PinKeeper, pin_set
 from services.scheduler.residency_keeper import ResidencyKeeper
 from shared import topology
 from shared.messages import (
-    NO_PINS,
     CommandResult,
     DeleteResource,
     ModelRef,
@@ -252,8 +251,15 @@ async def test_a_worker_is_told_its_set_until_it_reports_it(tables: Tables, mode
     pins = PinKeeper(tables.database)
     silent = report_of(incarnation)
     await pins.look(stored, silent)
-    assert pins.sets == {incarnation: NO_PINS}
-    assert pins.to_tell(stored, silent, 0.0) == [], "nothing pinned, nothing said"
+    (message,) = pins.to_tell(stored, silent, 0.0)
+    known = sorted(ref.folder for ref in message.pins.known)
+    assert known == ["mod_m1/1", "mod_m2/1", "mod_m3/1", "mod_m4/1", "mod_shared/1"], (
+        "the team's own of the type, and the platform's"
+    )
+    assert (message.pins.pinned, message.pins.preload) == ([], [])
+    nothing = message.pins
+    told = report_of(incarnation, version=nothing.version)
+    assert pins.to_tell(stored, told, 1.0) == [], "it reports what it was told"
 
     assert (await pin(tables, resource_id, "m1", None)).ok
     preload = await tables.run(PreloadModel, team_id="t1", resource_id=resource_id, model_id="mod_shared")
@@ -276,7 +282,7 @@ async def test_a_worker_is_told_its_set_until_it_reports_it(tables: Tables, mode
     )
     await pins.look(stored, heard)
     (message,) = pins.to_tell(stored, heard, 199.0)
-    assert message.pins == NO_PINS
+    assert message.pins == nothing
 
 
 async def test_a_smaller_resource_keeps_what_it_can_and_a_preload_needs_one_that_is_on(
