@@ -14,6 +14,7 @@ PAGES = (
     "loadtest/README.md",
     "services/worker/engine/README.md",
     "services/billing/README.md",
+    "services/worker/README.md",
     "infra/docker/README.md",
     "infra/requirements/README.md",
 )
