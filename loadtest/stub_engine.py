@@ -25,10 +25,12 @@ class _Answer:
 
 
 class StubEngine:
-    """step_s: time that one step takes, whatever is in the batch; 0 answers as fast as steps can be taken."""
+    """step_s: time that one step takes, whatever is in the batch; 0 answers as fast as steps can be taken. load_s: likewise
+    of one load.
+    """
 
-    def __init__(self, step_s: float = 0.0, tokens_per_step: int = 1) -> None:
-        self._step_s = step_s
+    def __init__(self, step_s: float = 0.0, tokens_per_step: int = 1, load_s: float = 0.0) -> None:
+        self._step_s, self._load_s = step_s, load_s
         self._tokens_per_step = tokens_per_step
         self._answers: dict[str, _Answer] = {}
         self._models: set[str] = set()
@@ -42,7 +44,11 @@ class StubEngine:
 
     def load_model(self, handle: str, folder: Path) -> ModelInfo:
         with self._lock:
+            if handle in self._models:
+                raise ValueError(f"model {handle} is loaded already")
             self._models.add(handle)
+        if self._load_s:
+            time.sleep(self._load_s)
         return ModelInfo(handle, 1, 65536, 1 << 20, ())
 
     def load_image(self, handle: str, path: Path, key: str, *, ask_canary: bool) -> ModelInfo:
@@ -61,7 +67,9 @@ class StubEngine:
         if any(answer.request.model == handle for answer in self._answers.values()):
             raise ValueError(f"model {handle} has sequences")
         with self._lock:
-            self._models.discard(handle)
+            if handle not in self._models:
+                raise ValueError(f"model {handle} is not loaded")
+            self._models.remove(handle)
             self._bases.pop(handle, None)
 
     def add(self, request: SequenceRequest) -> None:

@@ -1,6 +1,6 @@
 """`python -m loadtest.stub_worker`: the real worker around the stub engine.
 
-STUB_STEP_S and STUB_TOKENS_PER_STEP set its pace; everything else is as for `python -m services.worker`.
+STUB_STEP_S, STUB_TOKENS_PER_STEP and STUB_LOAD_S set its pace; everything else is as for `python -m services.worker`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from shared.runtime import Lifetime, run
 
 async def _serve(settings: WorkerSettings, life: Lifetime) -> None:
     engine = StubEngine(
-        float(os.environ.get("STUB_STEP_S", "0")), int(os.environ.get("STUB_TOKENS_PER_STEP", "1"))
+        float(os.environ.get("STUB_STEP_S", "0")),
+        int(os.environ.get("STUB_TOKENS_PER_STEP", "1")),
+        float(os.environ.get("STUB_LOAD_S", "0")),
     )
     await serve_with(settings, life, msgspec.json.decode(settings.spec_json, type=WorkerSpec), engine)
 

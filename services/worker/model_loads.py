@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,9 @@ class ModelLoads:
         key = self._images.key(content_id(ref, folder))
         image = self._images.hold(key)
         if image is not None:
-            return await self._load_image(ref, image, self._images)
+            # Another worker that makes room may remove it before our lock is on it: then it is gone by its name.
+            with contextlib.suppress(FileNotFoundError):
+                return await self._load_image(ref, image, self._images)
         info = await self._load_folder(ref, folder)
         self._ask_image(key, ref, folder)
         return info

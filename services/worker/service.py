@@ -313,6 +313,9 @@ class Worker:
                 self._group.create_task(self._evict(key))
             for key in plan.load:
                 self._group.create_task(self._load(key))
+            # Their states change when they begin, and the next plan goes by these: with `_wake` set, nothing else below
+            # lets them begin before it.
+            await asyncio.sleep(0)
             await self._repeat_claims()
             self._mind_window()
 
@@ -338,7 +341,7 @@ class Worker:
         waiting = [held for held in self._held.values() if find_ref(held.job.model, key) is not None]
         wanted = [held.job.model for held in waiting] or self._pins.refs()
         ref = next((found for found in (find_ref(each, key) for each in wanted) if found is not None), None)
-        if ref is None:
+        if ref is None or key in self._residency.slots():  # meanwhile loaded ahead of need
             return
         unbegun = [held for held in waiting if held.started_unix_ns is None]
         for held in unbegun:

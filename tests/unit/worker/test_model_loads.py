@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.worker.engine import Engine
 from services.worker.engine.native.build import load_library
 from services.worker.engine_thread import EngineThread
-from services.worker.image_store import ImageStore
+from services.worker.image_store import HeldImage, ImageStore
 from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
 from shared.messages import ModelRef
@@ -160,3 +161,38 @@ async def test_the_canary_is_asked_once_in_a_process(tmp_path: Path, monkeypatch
             await bench.loads.load(REF)
             await bench.loads.unload(KEY)
     assert asked == [True, False, False]
+
+
+async def test_an_image_that_is_removed_between_its_choice_and_its_load_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as bench:
+        bench.loads.prepare(REF)
+        path = await bench.image()
+        hold = bench.images.hold
+
+        def hold_and_lose(key: str) -> HeldImage | None:
+            held = hold(key)
+            path.unlink(missing_ok=True)
+            return held
+
+        monkeypatch.setattr(bench.images, "hold", hold_and_lose)
+        await bench.loads.load(REF)
+        assert bench.damage == []
+        assert bench.image_files == []
+
+
+async def test_a_model_goes_while_another_comes_and_one_that_comes_does_not_go(tmp_path: Path) -> None:
+    other = msgspec.structs.replace(REF, model_id="mod_2", folder="mod_2/1")
+    async with running(tmp_path) as bench:
+        put_model(tmp_path / "store", other.folder, seed=2)
+        await bench.loads.load(REF)
+        coming = asyncio.create_task(bench.loads.load(other))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="not loaded"):
+            await bench.loads.unload(("mod_2", 1))
+        await bench.loads.unload(KEY)
+        assert (await coming).handle == "mod_2@1"
+        await bench.loads.unload(("mod_2", 1))
+        with pytest.raises(ValueError, match="not loaded"):
+            await bench.loads.unload(KEY)
