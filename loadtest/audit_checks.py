@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 import msgspec
 
 from loadtest.audit_snapshot import ClientRecord, Request, Snapshot
+from services.billing.budget_spend import SpendKey, minutes_spend, tokens_spend
 from services.billing.instants import HOUR_US, MINUTE_US
 from services.billing.intake import amount_nanousd
 from services.billing.ledger import team_account
 from services.billing.minutes import HourKey, billed_minutes
 from services.billing.pricing import minutes_amount_nanousd, price_in_force
 from services.billing.settle import FactsDisagree, Settlement, settle
+from shared.budgets.period import day_of
 from shared.messages import JobUsage, JobVoided
 
 KEPT_US = 29 * 24 * HOUR_US
 """Request records younger than this must exist; billing deletes them at 30 days unless it is set otherwise."""
+
+LEASE_LATE_S = 300
+"""Billing lets go of a lost lease once it has read all facts, which takes a while after an outage."""
 
 Found = Iterator[str | None]
 """One item for each thing that was looked at: what is wrong with it, or None."""
@@ -323,6 +328,27 @@ def minutes_are_in_the_ledger(books: Books) -> Found:
         yield f"{seat}: ledger {in_ledger[seat]}, remembered {remembered[seat]} nano-USD" if differ else None
 
 
+def spend_by_day_is_the_ledger(books: Books) -> Found:
+    """What budgets count is what was posted. Of young days only: older ones were counted from rows that are deleted."""
+    computed: Counter[SpendKey] = Counter()
+    for job_id, settlement in books.settlements.items():
+        computed.update(tokens_spend(settlement.source, books.ledger[job_id].amount_nanousd))
+    for hour, posted in books.snapshot.posted_minutes.items():
+        computed.update(minutes_spend(posted.team_id, hour.resource_id, hour.hour_us, posted.posted_nanousd))
+    first = day_of((books.snapshot.now_us - KEPT_US) // 1000)
+    for key in computed.keys() | books.snapshot.spend_days.keys():
+        counted = books.snapshot.spend_days.get(key, 0)
+        if key.day >= first:
+            yield f"{key}: {counted} counted, {computed[key]} posted" if counted != computed[key] else None
+
+
+def no_slice_is_left_over(books: Books) -> Found:
+    """A lease lets go of what it holds when its jobs are posted, or at the latest when none can run any more."""
+    for lease_id, horizon_us in books.snapshot.held_leases.items():
+        late_s = (books.snapshot.now_us - horizon_us) // 1_000_000
+        yield f"{lease_id}: holds something {late_s} s after its horizon" if late_s > LEASE_LATE_S else None
+
+
 CHECKS: dict[str, Callable[[Books], Found]] = {
     check.__name__.replace("_", " "): check
     for check in (
@@ -340,5 +366,7 @@ CHECKS: dict[str, Callable[[Books], Found]] = {
         ledger_balances,
         minutes_follow_from_intervals,
         minutes_are_in_the_ledger,
+        spend_by_day_is_the_ledger,
+        no_slice_is_left_over,
     )
 }

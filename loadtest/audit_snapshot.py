@@ -11,6 +11,7 @@ from typing import Any, Literal
 import asyncpg
 import msgspec
 
+from services.billing.budget_spend import SpendKey
 from services.billing.instants import to_unix_ms, to_unix_us
 from services.billing.minutes import HourKey, LiveInterval, PostedMinutes
 from services.billing.pricing import Price
@@ -78,6 +79,10 @@ class Snapshot:
     entries: Sequence[Entry]
     intervals: Sequence[LiveInterval]
     posted_minutes: Mapping[HourKey, PostedMinutes]
+    spend_days: Mapping[SpendKey, int]
+    """Posted by day, as budgets are counted."""
+    held_leases: Mapping[str, int]
+    """Unix microseconds from when on a lease on a budget may hold nothing, by the ids of those that hold something."""
     teams: Mapping[str, str]
     """Team id by slug and by id."""
 
@@ -110,6 +115,8 @@ async def read_snapshot(url: str) -> Snapshot:
                 entries=await _entries(connection),
                 intervals=await _intervals(connection),
                 posted_minutes=await _posted_minutes(connection),
+                spend_days=await _spend_days(connection),
+                held_leases=await _held_leases(connection),
                 teams=await _teams(connection),
             )
     finally:
@@ -205,6 +212,21 @@ async def _posted_minutes(connection: Connection) -> dict[HourKey, PostedMinutes
         ): PostedMinutes(row["team_id"], row["minutes"], row["posted_nanousd"], row["postings"])
         for row in rows
     }
+
+
+async def _spend_days(connection: Connection) -> dict[SpendKey, int]:
+    rows = await connection.fetch(
+        "SELECT team_id, scope, scope_id, day, posted_nanousd FROM billing_api.spend_days_v1"
+    )
+    return {
+        SpendKey(row["team_id"], row["scope"], row["scope_id"], row["day"]): row["posted_nanousd"]
+        for row in rows
+    }
+
+
+async def _held_leases(connection: Connection) -> dict[str, int]:
+    rows = await connection.fetch("SELECT lease_id, horizon_at FROM billing_api.held_leases_v1")
+    return {row["lease_id"]: to_unix_us(row["horizon_at"]) for row in rows}
 
 
 async def _teams(connection: Connection) -> dict[str, str]:

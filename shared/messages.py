@@ -7,6 +7,7 @@ token ids are plain integers. What a job costs never travels in a message: billi
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -14,6 +15,8 @@ import msgspec
 Outcome = Literal["succeeded", "failed", "cancelled", "expired"]
 FinishReason = Literal["stop", "length"]
 WorkClass = Literal["live", "batch"]
+BudgetScope = Literal["team", "resource", "model", "key"]
+BudgetAction = Literal["refuse_ppt", "stop_scale_up", "stop_batches", "turn_off"]
 BillingMode = Literal["ppt", "resource"]
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -91,9 +94,12 @@ class Job(Message, frozen=True):
     owner_queue: str
     accepted_unix_ms: int
     deadline_unix_ms: int
+    lease_ids: list[str] = []
+    """Leases on budgets that the job's worst case was reserved from; its facts name them, so that billing lets go of it."""
+    reserved_nanousd: int = 0
 
 
-class GenerateJob(Job, frozen=True, tag="job.generate.v1"):
+class GenerateJob(Job, frozen=True, kw_only=True, tag="job.generate.v1"):
     """One inference request on its way. `choices` sequences share the prompt; choice i samples with seed + i."""
 
     operation: Literal["chat", "text_completion"]
@@ -109,7 +115,7 @@ class GenerateJob(Job, frozen=True, tag="job.generate.v1"):
         return len(self.prompt_tokens)
 
 
-class EmbedJob(Job, frozen=True, tag="job.embed.v1"):
+class EmbedJob(Job, frozen=True, kw_only=True, tag="job.embed.v1"):
     """Texts to make vectors of. Nothing is told before the end, so another attempt begins anew."""
 
     operation: Literal["embeddings"]
@@ -292,6 +298,8 @@ class JobUsage(Message, frozen=True, tag="usage.job_finished.v1"):
     error_code: str | None = None
     first_token_unix_ms: int | None = None
     timings: Timings = Timings()
+    lease_ids: list[str] = []
+    reserved_nanousd: int = 0
 
 
 class JobVoided(Message, frozen=True, tag="usage.job_voided.v1"):
@@ -316,6 +324,72 @@ class JobVoided(Message, frozen=True, tag="usage.job_voided.v1"):
     accepted_unix_ms: int
     voided_unix_ms: int
     error_code: str | None = None
+    lease_ids: list[str] = []
+    reserved_nanousd: int = 0
+
+
+# ---- budgets: gateway <-> billing
+
+
+class LeaseClosed(Part, frozen=True):
+    """A gateway takes nothing more from this lease; all that it reserved from it is in jobs that may run."""
+
+    lease_id: str
+    spent_nanousd: int
+
+
+class AskBudget(Message, frozen=True, tag="budget.ask.v1"):
+    """A gateway asks for a slice of what is left of a budget. Idempotent by lease id. Transient: it is asked again.
+
+    With no needs and nothing wanted it only tells what was closed.
+    """
+
+    lease_id: str
+    budget_id: str
+    period_start: date
+    gateway_id: str
+    reply_queue: str
+    deadline_unix_ms: int
+    """Nobody waits for an answer after this."""
+    needs_nanousd: list[int]
+    """The requests that wait, the first come first."""
+    wanted_nanousd: int
+    """Beside the needs, for requests to come."""
+    unit_nanousd: int
+    """What the last request needed: a slice that is smaller serves nobody."""
+    job_deadline_s: int
+    closed: list[LeaseClosed] = []
+
+
+class BudgetLeased(Message, frozen=True, tag="budget.leased.v1"):
+    """The answer to `AskBudget`. Valid for `valid_ms` from when it was first asked for."""
+
+    lease_id: str
+    budget_id: str
+    period_start: date
+    granted_nanousd: int
+    valid_ms: int
+    refused: list[int] = []
+    """Indexes of the needs that do not fit into what is left."""
+    unposted_nanousd: int = 0
+    """What would be free if no lease held anything: for more than that it is no use to wait for running requests."""
+    closed: list[str] = []
+    """Leases whose close is recorded."""
+
+
+class BudgetAlerted(Message, frozen=True, tag="budget.alerted.v1"):
+    """So much of a budget is spent. A hint: `billing_api.alerts_v1` has all of them."""
+
+    alert_id: str
+    budget_id: str
+    team_id: str
+    scope: BudgetScope
+    scope_id: str
+    period: Literal["day", "month"]
+    period_start: date
+    percent: int
+    limit_nanousd: int
+    spent_nanousd: int
 
 
 class PaymentReported(Message, frozen=True, tag="payment.reported.v1"):
@@ -526,6 +600,32 @@ class DeleteBatchFile(Command, frozen=True, tag="batch.delete_file.v1"):
     file_id: str
 
 
+class CreateBudget(Command, frozen=True, tag="budget.create.v1"):
+    team_id: str
+    scope: BudgetScope
+    scope_id: str
+    """The id of the team itself, or of its resource, model or key."""
+    period: Literal["day", "month"]
+    limit_nanousd: int
+    alert_percents: list[int]
+    actions: list[BudgetAction]
+
+
+class ChangeBudget(Command, frozen=True, tag="budget.change.v1"):
+    """None: as it is."""
+
+    team_id: str
+    budget_id: str
+    limit_nanousd: int | None = None
+    alert_percents: list[int] | None = None
+    actions: list[BudgetAction] | None = None
+
+
+class DeleteBudget(Command, frozen=True, tag="budget.delete.v1"):
+    team_id: str
+    budget_id: str
+
+
 # ---- scheduler <-> node agent <-> worker
 
 
@@ -709,12 +809,17 @@ WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWor
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
 PaymentFact = PaymentReported
+BudgetAnswer = BudgetLeased
+BudgetQuestion = AskBudget
+BudgetEvent = BudgetAlerted
 FleetEvent = NodeReport | WorkerReport
 Alarm = ModelDamaged
 SchedulerCommand = (
     CreateOption
     | CreateResource
     | ScaleResource
+    | SetScaling
+    | SetQuota
     | TurnOnResource
     | TurnOffResource
     | DeleteResource
@@ -722,8 +827,17 @@ SchedulerCommand = (
     | UnpinModel
     | PreloadModel
 )
-BillingCommand = SetPrice | SetRate | WithdrawPrice | GrantCredit | SetTeamTerms
 BatchCommand = CreateBatch | CancelBatch | DeleteBatchFile
+BillingCommand = (
+    SetPrice
+    | SetRate
+    | WithdrawPrice
+    | GrantCredit
+    | SetTeamTerms
+    | CreateBudget
+    | ChangeBudget
+    | DeleteBudget
+)
 
 M = TypeVar("M")
 

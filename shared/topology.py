@@ -110,6 +110,8 @@ def scheduler_events(instance_id: str) -> Queue:
 SCHEDULER_COMMANDS = _classic("commands.v1.scheduler", ttl_ms=30_000, max_length=10_000)
 BILLING_COMMANDS = _classic("commands.v1.billing", ttl_ms=30_000, max_length=10_000)
 BATCH_COMMANDS = _classic("commands.v1.batch", ttl_ms=30_000, max_length=10_000)
+# Requests wait for the answers, two seconds at most: these never stand behind a command that takes its time.
+BILLING_BUDGETS = _classic("commands.v1.billing-budgets", ttl_ms=5_000, max_length=10_000)
 BILLING_EVENTS = _quorum(
     "events.v1.billing",
     max_length=5_000_000,
@@ -133,5 +135,13 @@ DEAD = Queue(
     },
 )
 
-STATIC_QUEUES = (DEAD, SCHEDULER_COMMANDS, BILLING_COMMANDS, BATCH_COMMANDS, BILLING_EVENTS, ALARMS)
+STATIC_QUEUES = (
+    DEAD,
+    SCHEDULER_COMMANDS,
+    BILLING_COMMANDS,
+    BILLING_BUDGETS,
+    BATCH_COMMANDS,
+    BILLING_EVENTS,
+    ALARMS,
+)
 """Declared by every service at start, so that their order of start does not matter."""

@@ -9,13 +9,17 @@ from typing import Any
 import structlog
 
 from services.billing import store
+from services.billing.budgets import change_budget, create_budget, delete_budget
 from services.billing.credit import grant_credit, set_team_terms
 from services.billing.price_versions import set_price, set_rate, withdraw_price
 from shared.broker import Broker, Delivery
 from shared.database import Connection, Database
 from shared.messages import (
+    ChangeBudget,
     Command,
     CommandResult,
+    CreateBudget,
+    DeleteBudget,
     GrantCredit,
     SetPrice,
     SetRate,
@@ -35,6 +39,9 @@ ACTIONS: dict[type[Command], Action] = {
     WithdrawPrice: withdraw_price,
     GrantCredit: grant_credit,
     SetTeamTerms: set_team_terms,
+    CreateBudget: create_budget,
+    ChangeBudget: change_budget,
+    DeleteBudget: delete_budget,
 }
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import asyncpg
 import structlog
 
-from services.billing import job_charges, ledger, store
+from services.billing import budget_store, job_charges, ledger, store
+from services.billing.budget_account import settle as settle_lease
+from services.billing.budget_spend import add_up, reservations_freed, tokens_spend
 from services.billing.instants import from_unix_ms
 from services.billing.instruments import Instruments
 from services.billing.job_charges import job_charge
@@ -160,7 +162,7 @@ class Intake:
             conflicts = await store.find_conflicts(connection, known) if known else []
             # A fact that is known was settled in the transaction that kept it.
             touched = sorted({a.fact.job_id for a in arrivals if a.fact.event_id in new})
-            posted = await self._settle(connection, touched, traces)
+            posted = await self._settle(connection, touched, traces, new)
         for event_id in conflicts:
             log.error("fact_conflicts_with_known", event_id=event_id)
         self._count(arrivals, new, posted)
@@ -171,7 +173,7 @@ class Intake:
         async with self._database.transaction() as connection:
             job_ids = await store.chargeable_jobs(connection, limit)
             await store.lock_jobs(connection, job_ids)
-            posted = await self._settle(connection, job_ids, {})
+            posted = await self._settle(connection, job_ids, {}, set())
         self._count([], set(), posted)
         return len(job_ids)
 
@@ -200,7 +202,7 @@ class Intake:
         return job_ids[-1] if job_ids else None
 
     async def _settle(
-        self, connection: Connection, job_ids: Sequence[str], traces: Mapping[str, str]
+        self, connection: Connection, job_ids: Sequence[str], traces: Mapping[str, str], new: set[str]
     ) -> list[Posted]:
         if not job_ids:
             return []
@@ -208,7 +210,7 @@ class Intake:
         settlements = {job_id: settle(facts[job_id]) for job_id in job_ids}
         prices = await store.load_prices(connection, {s.source.model_type for s in settlements.values()})
         already = await ledger.load_posted(connection, job_ids)
-        rows, charges, charged = [], [], []
+        rows, charges, charged, spends = [], [], [], []
         for job_id, settlement in settlements.items():
             source = settlement.source
             price = price_in_force(prices, source.model_type, source.work_class, source.accepted_unix_ms)
@@ -217,12 +219,15 @@ class Intake:
             charge = charge_due(job_id, settlement, price, already.get(job_id), traces.get(job_id))
             if charge is not None:
                 charges.append(charge)
+                spends.append(tokens_spend(source, charge.amount_nanousd))
                 if price is not None:  # without one nothing was ever charged
                     charged.append(job_charge(job_id, settlement, price))
         await store.upsert_requests(connection, rows)
         ids = await ledger.post(connection, charges)
         if charged:
             await job_charges.save(connection, charged)
+        await budget_store.add_spend(connection, add_up(spends))
+        await _free_leases(connection, reservations_freed(facts, new))
         return [
             Posted(charge.job_id or "", transaction_id, charge.kind, charge.amount_nanousd)
             for charge, transaction_id in zip(charges, ids, strict=True)
@@ -234,6 +239,14 @@ class Intake:
             self._instruments.events.add(1, {"type": type_of(arrival.fact), "result": result})
         for transaction in posted:
             self._instruments.transactions.add(1, {"kind": transaction.kind})
+
+
+async def _free_leases(connection: Connection, freed: Mapping[str, int]) -> None:
+    """What was reserved for jobs is posted now: their leases hold it no more."""
+    if freed:
+        leases = await budget_store.lock_leases(connection, freed)
+        settled = {lease_id: settle_lease(lease, freed[lease_id]) for lease_id, lease in leases.items()}
+        await budget_store.save_leases(connection, settled)
 
 
 def _warn_if_unpriced(job_id: str, settlement: Settlement, price: Price | None) -> None:

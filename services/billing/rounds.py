@@ -12,7 +12,8 @@ from datetime import timedelta
 
 import structlog
 
-from services.billing import ledger, minutes_store, rates_store, store
+from services.billing import budget_store, ledger, minutes_store, rates_store, store
+from services.billing.budget_spend import add_up, minutes_spend
 from services.billing.instants import from_unix_us, to_unix_us
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
@@ -92,6 +93,8 @@ class MinutesRound:
 
 async def _post(connection: Connection, due: list[MinutePosting]) -> None:
     await ledger.post(connection, [minute_charge(posting) for posting in due])
+    spends = [minutes_spend(p.team_id, p.key.resource_id, p.key.hour_us, p.difference_nanousd) for p in due]
+    await budget_store.add_spend(connection, add_up(spends))
     await minutes_store.save_posted(connection, due)
 
 

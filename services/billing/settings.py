@@ -14,6 +14,10 @@ class BillingSettings(CommonSettings):
     """At most a minute, so that a balance is never more than a minute or so old."""
     minutes_lookback_h: int = env("BILLING_MINUTES_LOOKBACK_H", 720, low=3, high=24 * 366)
     """How far back the first pass after a long outage looks for unposted minutes."""
+    budgets_interval_s: float = env("BILLING_BUDGETS_INTERVAL_S", 2.0, low=0.1, high=60.0)
+    """Between two looks at all budgets: who is to be told, what is to be turned off."""
+    leases_interval_s: float = env("BILLING_LEASES_INTERVAL_S", 5.0, low=0.1, high=30.0)
+    """Between two looks for slices of budgets that are lost."""
     sweep_interval_s: float = env("BILLING_SWEEP_INTERVAL_S", 30.0, low=0.1, high=3600.0)
     """Between two rounds of: charge what had no price, check the ledger, delete old requests."""
     advice_interval_s: float = env("BILLING_ADVICE_INTERVAL_S", 3600.0, low=0.1, high=86400.0)

@@ -33,6 +33,8 @@ from services.gateway.views import Views
 from services.gateway.wire import WireSite
 from shared import telemetry
 from shared.broker import Broker
+from shared.budgets.gate import BudgetGate
+from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.file_store import FileStore
 from shared.ids import new_id
@@ -63,6 +65,9 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     outbox, commands = Outbox(database, broker), CommandCaller(broker)
     owner = Owner(broker, outbox.add, commands.on_result)
     commands.reply_queue = owner.queue
+    limits = inference.InferenceLimits()
+    caps = BudgetTable(database)
+    budgets = BudgetGate(broker, caps, owner.instance_id, limits.deadline_s)
     importer = ModelImporter(settings.model_import_dir, settings.model_store, asyncio.Lock())
     uploads = ModelUploads(UploadTable(database), settings.model_store, upload_limits(settings))
     hub = Hub(
@@ -74,6 +79,8 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
 
     await ensure_platform(store, settings.admin_key)
     await owner.start(life.group)
+    await budgets.start(life.group)
+    life.group.create_task(caps.keep_fresh())
     life.group.create_task(route_table.keep_fresh(owner.fail_queued))
     life.group.create_task(key_cache.keep_fresh())
     life.group.create_task(outbox.relay())
@@ -88,7 +95,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
         await payment_provider(settings, life),
     )  # fmt: skip
     generation = inference.InferenceDeps(
-        route_table, tokenizers, gate, owner, InferenceMetrics(telemetry.meter())
+        route_table, tokenizers, gate, budgets, owner, InferenceMetrics(telemetry.meter()), limits
     )
     batches = file_routes.FileDeps(Tables(database), FileStore(settings.file_store), commands)
     life.group.create_task(file_routes.sweep_files(batches.tables, batches.files))
@@ -101,8 +108,8 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     ]
     if settings.webhook_secrets:
         specs += PaymentWebhook(store, broker, settings.webhook_secrets).routes()
-    limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
-    app = edge.build_app(public.with_openapi(specs), key_cache, limits)
+    edge_limits = edge.EdgeLimits(settings.max_body_bytes, allowed_hosts=settings.hosts)
+    app = edge.build_app(public.with_openapi(specs), key_cache, edge_limits)
     runner = edge.build_runner(app, drain_timeout_s=settings.drain_timeout_s)
     await runner.setup()
     edge.guard_expectations(runner)
@@ -118,11 +125,13 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
     )
     life.check("broker", lambda: broker.connected)
     life.check("routes", lambda: route_table.loaded)
+    life.check("budgets", lambda: caps.loaded)
     life.started()
     log.info("gateway_listening", host=settings.http_host, port=site.port, instance=owner.instance_id)
     await life.stopping.wait()
     # Listening ends at once; running requests have `drain_timeout_s`, then they are cancelled and their jobs voided.
     await runner.cleanup()
+    await budgets.drain()
     await flush(outbox)
 
 

@@ -333,4 +333,6 @@ def _voided(job: JobQueueMessage, reason: AbandonReason, delivered_tokens: int) 
         delivered_tokens=delivered_tokens,
         accepted_unix_ms=job.accepted_unix_ms,
         voided_unix_ms=time.time_ns() // 1_000_000,
+        lease_ids=job.lease_ids,
+        reserved_nanousd=job.reserved_nanousd,
     )

@@ -1,7 +1,7 @@
 """Whether somebody pays for what is asked, as far as the gateway knows from its last look. Pure.
 
-The look is half a second old, so requests that are already on their way when the money ends are still served, and
-charged; a hard cap that is never passed is what budgets are for.
+The look is half a second old: it refuses early and cheaply. That requests never overdraw a team's credit is seen to by the
+slices that they are reserved from (`shared/budgets/gate.py`).
 """
 
 from __future__ import annotations

@@ -180,6 +180,24 @@ class Store:
             limit,
         )
 
+    async def has_key(self, team_id: str, key_id: str) -> bool:
+        row = await self._database.fetchrow(
+            "SELECT FROM gateway.api_keys WHERE team_id = $1 AND key_id = $2 AND revoked_at IS NULL",
+            team_id,
+            key_id,
+        )
+        return row is not None
+
+    async def may_use_model(self, team_id: str, model_id: str) -> bool:
+        """Whether it is the team's own model, or one of the platform's."""
+        row = await self._database.fetchrow(
+            "SELECT FROM gateway.models m JOIN gateway.teams t USING (team_id)"
+            " WHERE m.model_id = $2 AND m.deleted_at IS NULL AND (m.team_id = $1 OR t.is_platform)",
+            team_id,
+            model_id,
+        )
+        return row is not None
+
     async def revoke_key(self, team_id: str, key_id: str) -> bytes | None:
         """Return the digest of the key that was revoked, or None when the team has no such valid key."""
         async with self._database.transaction() as connection:

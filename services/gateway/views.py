@@ -96,6 +96,16 @@ class Views:
             raise Unavailable("the scheduler has no quotas")
         return row
 
+    async def may_use_resource(self, team_id: str, resource_id: str) -> bool:
+        """Whether it is the team's own resource, or a shared pool."""
+        row = await self._database.fetchrow(
+            "SELECT FROM scheduler_api.resources_v1"
+            " WHERE resource_id = $2 AND deleted_at IS NULL AND (team_id = $1 OR pool)",
+            team_id,
+            resource_id,
+        )
+        return row is not None
+
     async def places(self, resource_ids: list[str]) -> list[asyncpg.Record]:
         return await self._database.fetch(
             "SELECT * FROM scheduler_api.places_v1 WHERE resource_id = ANY($1) ORDER BY resource_id, place",
@@ -222,6 +232,32 @@ class Views:
             "balance_nanousd": await self.balance_nanousd(team_id),
             "spendable_nanousd": None,
         }
+
+    async def budgets(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.budgets_v1 WHERE team_id = $1 AND budget_id > $2 ORDER BY budget_id LIMIT $3",
+            team_id,
+            after,
+            limit,
+        )
+
+    async def budget(self, team_id: str, budget_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT * FROM billing_api.budgets_v1 WHERE team_id = $1 AND budget_id = $2", team_id, budget_id
+        )
+
+    async def alerts(
+        self, team_id: str, before: str, limit: int, budget_id: str | None
+    ) -> list[asyncpg.Record]:
+        """Return alerts, newest first, that are older than the alert `before` (empty: from the newest on)."""
+        return await self._database.fetch(
+            "SELECT * FROM billing_api.alerts_v1 WHERE team_id = $1 AND ($2 = '' OR alert_id < $2)"
+            " AND ($3::text IS NULL OR budget_id = $3) ORDER BY alert_id DESC LIMIT $4",
+            team_id,
+            before,
+            budget_id,
+            limit,
+        )
 
     async def balance_nanousd(self, team_id: str) -> int:
         row = await self._database.fetchrow(

@@ -14,6 +14,7 @@ from services.scheduler.handlers import CommandHandler, ReportListener
 from services.scheduler.leader import Leader
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pin_keeper import PinKeeper
+from services.scheduler.queue_depths import QueueDepths
 from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.scaling_keeper import ScalingKeeper
 from services.scheduler.settings import SchedulerSettings
@@ -41,7 +42,11 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     lease = Lease(database, instance_id, settings.lease_s)
     metrics = SchedulerMetrics(lambda: lease.is_leader)
     store, residency, pins = Store(database, lease), ResidencyKeeper(database, lease), PinKeeper(database)
-    leader = Leader(broker, store, residency, pins, lease, fleet, settings.limits, metrics, settings.tick_s)
+    depths = QueueDepths(broker, fleet.changed)
+    scaling = ScalingKeeper(depths)
+    leader = Leader(
+        broker, store, residency, pins, scaling, lease, fleet, settings.limits, metrics, settings.tick_s
+    )
     commands = CommandHandler(broker, Desired(database, partial(_declare_job_queues, broker)), fleet.changed)
 
     await broker.subscribe(

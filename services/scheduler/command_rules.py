@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import re
 
-from shared.messages import CreateOption, CreateResource, PinModel, ScaleResource, SchedulerCommand
+from services.scheduler.quotas import EVERY_TEAM, MAX_PLACES, PLATFORM
+from services.scheduler.scaling_settings import MAX_COUNT, settings_problem
+from shared.messages import (
+    CreateOption,
+    CreateResource,
+    PinModel,
+    ScaleResource,
+    SchedulerCommand,
+    SetQuota,
+    SetScaling,
+)
 
 MAX_NAME = 100
 MAX_BATCH = 1024
@@ -24,7 +34,7 @@ def problem_of(command: SchedulerCommand) -> str | None:
     1. Ids and actor: short printable text. 2. Numbers in the ranges that the tables have too. 3. Names: an option's
     is a slug, a resource's any printable text of 1 to 100 characters without space at its ends.
     """
-    for field in ("command_id", "actor", "team_id", "resource_id", "option_id", "model_id"):
+    for field in ("command_id", "actor", "team_id", "resource_id", "option_id", "model_id", "scope"):
         value = getattr(command, field, None)
         if value is not None and not _is_text(value, _MAX_TEXT):
             return f"{field} must be 1 to {_MAX_TEXT} printable characters"
@@ -41,6 +51,10 @@ def problem_of(command: SchedulerCommand) -> str | None:
             return _count_problem(command.fixed_count)
         case PinModel(copies=int(copies)) if not 1 <= copies <= MAX_COUNT:
             return f"copies must be between 1 and {MAX_COUNT}"
+        case SetScaling():
+            return _scaling_problem(command)
+        case SetQuota():
+            return _quota_problem(command)
     return None
 
 

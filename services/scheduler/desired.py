@@ -13,7 +13,9 @@ import msgspec
 
 from services.scheduler import pin_commands
 from services.scheduler.command_rules import problem_of
+from services.scheduler.quotas import set_quota, team_quota
 from services.scheduler.refused import Refused
+from services.scheduler.scaling_store import SettingsChanged, set_fixed, set_scaling
 from shared.database import Connection, Database
 from shared.ids import new_id
 from shared.messages import (

@@ -40,6 +40,7 @@ from services.scheduler.views import Limits, PlaceView
 from services.scheduler.writes import StaleView
 from shared import topology
 from shared.broker import Broker
+from shared.lease import Fenced, Lease
 from shared.messages import NO_PINS, DrainWorker, Message, StartWorker, StopWorker, WorkerSpec
 from shared.outcomes import Unavailable
 
@@ -61,6 +62,7 @@ class Leader:
         store: Store,
         residency: ResidencyKeeper,
         pins: PinKeeper,
+        scaling: ScalingKeeper,
         lease: Lease,
         fleet: Fleet,
         limits: Limits,
@@ -71,6 +73,7 @@ class Leader:
         self._store = store
         self._residency = residency
         self._pins = pins
+        self._scaling = scaling
         self._lease = lease
         self._fleet = fleet
         self._limits = limits
@@ -149,7 +152,8 @@ class Leader:
             observing_since=None if since_s is None else since_s + shift_s,
         )
         await self._look_at_models(stored, heard)
-        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at)
+        scaling = self._scaling.states(stored, heard)
+        memory = Memory(self._start_sent_at, self._stop_sent_at, self._last_exit_at, scaling)
         changed = False
         for decided in decide_all(stored, heard, memory, self._limits):
             changed |= await self._act(decided, stored.now)

@@ -372,4 +372,6 @@ def reported_usage(job: JobQueueMessage, worker_id: str, report: FinishedReport)
         accepted_unix_ms=job.accepted_unix_ms,
         finished_unix_ms=time.time_ns() // 1_000_000,
         error_code=report.error_code,
+        lease_ids=job.lease_ids,
+        reserved_nanousd=job.reserved_nanousd,
     )

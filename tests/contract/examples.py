@@ -6,17 +6,24 @@ these look like on the wire.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 from shared.messages import (
+    AskBudget,
+    BudgetAlerted,
+    BudgetLeased,
     CancelBatch,
     CancelJob,
+    ChangeBudget,
     ChoiceResult,
     CommandResult,
     CreateBatch,
+    CreateBudget,
     CreateOption,
     CreateResource,
     DeleteBatchFile,
+    DeleteBudget,
     DeleteResource,
     DrainWorker,
     Drop,
@@ -29,6 +36,7 @@ from shared.messages import (
     JobFinished,
     JobUsage,
     JobVoided,
+    LeaseClosed,
     Message,
     ModelDamaged,
     ModelHistory,
@@ -46,6 +54,7 @@ from shared.messages import (
     ResidentModel,
     SamplingParams,
     ScaleResource,
+    ScalingWindow,
     SetPins,
     SetPrice,
     SetQuota,
@@ -105,6 +114,7 @@ PINS = PinSet(
     version="0123456789abcdef",
     pinned=[MODEL],
     preload=[PreloadAsked(model=MODEL, asked_unix_ms=NOW_UNIX_MS)],
+    known=[MODEL],
 )
 
 WORKER_SPEC = WorkerSpec(
@@ -137,6 +147,8 @@ _JOB: dict[str, Any] = {
     "key_id": "key_1",
     "resource_id": "res_1",
     "model_type": "smollm2-135m",
+    "lease_ids": ["lease_1", "lease_2"],
+    "reserved_nanousd": 4_040,
 }
 
 EXAMPLES: tuple[Message, ...] = (
@@ -258,6 +270,60 @@ EXAMPLES: tuple[Message, ...] = (
         team_id="team_1",
         dispute_id="du_1",
     ),
+    AskBudget(
+        lease_id="lease_1",
+        budget_id="bud_1",
+        period_start=date(2026, 11, 1),
+        gateway_id="gw_1",
+        reply_queue="replies.v1.gw_1-budgets",
+        deadline_unix_ms=NOW_UNIX_MS + 2000,
+        needs_nanousd=[4_040, 80],
+        wanted_nanousd=32_320,
+        unit_nanousd=4_040,
+        job_deadline_s=301,
+        closed=[LeaseClosed(lease_id="lease_0", spent_nanousd=1_400)],
+    ),
+    BudgetLeased(
+        lease_id="lease_1",
+        budget_id="bud_1",
+        period_start=date(2026, 11, 1),
+        granted_nanousd=80,
+        valid_ms=10_000,
+        refused=[0],
+        unposted_nanousd=4_000,
+        closed=["lease_0"],
+    ),
+    BudgetAlerted(
+        alert_id="alert_1",
+        budget_id="bud_1",
+        team_id="team_1",
+        scope="key",
+        scope_id="key_1",
+        period="day",
+        period_start=date(2026, 11, 28),
+        percent=80,
+        limit_nanousd=1_000,
+        spent_nanousd=812,
+    ),
+    CreateBudget(
+        **_COMMAND,
+        team_id="team_1",
+        scope="resource",
+        scope_id="res_1",
+        period="month",
+        limit_nanousd=1_000,
+        alert_percents=[50, 80],
+        actions=["turn_off"],
+    ),
+    ChangeBudget(
+        **_COMMAND,
+        team_id="team_1",
+        budget_id="bud_1",
+        limit_nanousd=2_000,
+        alert_percents=[90],
+        actions=["refuse_ppt", "stop_batches"],
+    ),
+    DeleteBudget(**_COMMAND, team_id="team_1", budget_id="bud_1"),
     CommandResult(
         command_id="cmd_1",
         ok=False,

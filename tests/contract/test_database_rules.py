@@ -30,8 +30,6 @@ ROLES = (
 DELETES = {
     "gateway.outbox",
     "gateway.idempotency_keys",
-    "gateway.model_uploads",
-    "gateway.upload_files",
     "scheduler.places",
     "scheduler.command_results",
     "scheduler.starts",
@@ -50,18 +48,24 @@ DELETES = {
     "batch.outbox",
     "batch.command_results",
     "batch.lines",
+    "gateway.model_uploads",
+    "gateway.upload_files",
+    "billing.budget_leases",
 }
 BILLING_UPDATES = {
     "billing.requests",
     "billing.minute_charges",
     "billing.job_charges",
     "billing.advice",
+    "billing.spend_days",
+    "billing.budgets",
+    "billing.alerts",
+    "billing.budget_leases",
     "billing.prices",
     "billing.rates",
 }
 """Of prices and rates only that they were withdrawn."""
 KEPT_BY_TRIGGERS = {"billing.balances"}
-FOR_AUDIT_ALONE = {"billing_api.ledger_v1", "billing_api.usage_events_v1"}
 # Views that hold a team's text, or say where it lies: for those who need them.
 FOR_SOME = {
     "batch_api.files_v1": {"gateway"},
@@ -77,6 +81,12 @@ FOR_BATCH = {
     "batch_api.batches_v1",
 }
 """All that the batch service reads of the views that everybody else has."""
+FOR_AUDIT_ALONE = {
+    "billing_api.ledger_v1",
+    "billing_api.usage_events_v1",
+    "billing_api.spend_days_v1",
+    "billing_api.held_leases_v1",
+}
 
 
 @pytest.fixture

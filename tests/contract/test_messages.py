@@ -29,6 +29,9 @@ UNIONS = {
         "BillingCommand": messages.BillingCommand,
         "Alarm": messages.Alarm,
         "BatchCommand": messages.BatchCommand,
+        "BudgetQuestion": messages.BudgetQuestion,
+        "BudgetAnswer": messages.BudgetAnswer,
+        "BudgetEvent": messages.BudgetEvent,
     }.items()
 }
 

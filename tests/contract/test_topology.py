@@ -55,6 +55,7 @@ READERS = {
     "scheduler_events": "scheduler",
     "ALARMS": "scheduler",
     "BILLING_COMMANDS": "billing",
+    "BILLING_BUDGETS": "billing",
     "BILLING_EVENTS": "billing",
     "BATCH_COMMANDS": "batch",
     "job_queues": "worker",

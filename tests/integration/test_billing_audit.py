@@ -147,6 +147,14 @@ LONGER_INTERVAL = """
 """
 
 
+SPENT_LATER = "UPDATE billing.spend_days SET posted_nanousd = posted_nanousd + 1 WHERE scope = 'team'"
+LEFT_OVER = """
+    INSERT INTO billing.budget_leases (lease_id, budget_id, period_start, gateway_id, granted_nanousd, refused,
+        unposted_nanousd, horizon_at)
+        VALUES ('lease_x', 'bud_x', '2026-11-01', 'gw_x', 5, '{}', 0, now() - interval '6 minutes')
+"""
+
+
 def request_with(change: str, job_id: str = "job_1") -> str:
     return f"UPDATE billing.requests SET {change} WHERE job_id = '{job_id}'"
 
@@ -183,6 +191,9 @@ def request_with(change: str, job_id: str = "job_1") -> str:
         ("DELETE FROM billing.minute_charges WHERE minutes = 30", "minutes are in the ledger"),
         ("DELETE FROM scheduler.state_intervals", "minutes follow from intervals"),
         (LONGER_INTERVAL, "minutes follow from intervals"),
+        (SPENT_LATER, "spend by day is the ledger"),
+        ("DELETE FROM billing.spend_days WHERE scope = 'resource'", "spend by day is the ledger"),
+        (LEFT_OVER, "no slice is left over"),
     ],
 )
 async def test_the_audit_finds_a_tampered_database(scene: Scene, sql: str, check: str) -> None:

@@ -142,7 +142,13 @@ async def test_another_teams_things_are_as_unknown_ones(gateway: Gateway) -> Non
         "key_id": keys[0]["key_id"],
         "upload_id": (await gateway.call("POST", "/api/models/uploads", key=mine)).json["upload_id"],
         "request_id": "req_" + "0" * 32,
+        "budget_id": "bud_" + "0" * 32,
     }
+    await gateway.sql.execute(
+        "INSERT INTO billing.budgets (budget_id, team_id, scope, scope_id, period, limit_nanousd, alert_percents, actions)"
+        " SELECT $1, team_id, 'team', team_id, 'day', 1, '{}', '{refuse_ppt}' FROM gateway.teams WHERE slug = 'acme'",
+        ids["budget_id"],
+    )
     body = {"gpus": 2}
     checked = 0
     for spec in gateway.specs:

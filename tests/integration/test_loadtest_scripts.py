@@ -14,7 +14,7 @@ from infra.local.layout import ROOT
 from loadtest.engine_sides import SideError, Sides, SideSpec
 from tests.conftest import Servers
 
-SCRIPTS = ("path", "billing_catchup", "chaos", "storm", "audit", "engine")
+SCRIPTS = ("path", "billing_catchup", "budget_check", "chaos", "storm", "audit", "engine")
 
 
 def run_script(*arguments: str, servers: Servers | None = None) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.states import PlaceState
 from shared import topology
 from shared.ids import new_id
+from shared.lease import Fenced
 from shared.messages import FleetEvent, JobUsage, ModelHistory, ResidentModel, WorkerReport
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway

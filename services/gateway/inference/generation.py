@@ -36,12 +36,24 @@ class JobOwner(Protocol):
     async def submit(self, job: JobQueueMessage, queue: Queue) -> JobStream: ...
 
 
+class Reserved(Protocol):
+    """What of `shared.budgets.gate.Reservation` is used here."""
+
+    @property
+    def jobs(self) -> Sequence[JobQueueMessage]: ...
+
+    def published(self, index: int) -> None: ...
+
+    def resolve(self) -> None: ...
+
+
 class Generation:
     """`finished[i]` is the end of job i, or None while it runs."""
 
-    def __init__(self, owner: JobOwner, jobs: Sequence[JobQueueMessage], queue: Queue) -> None:
-        self.jobs = jobs
-        self.finished: list[Finished | None] = [None] * len(jobs)
+    def __init__(self, owner: JobOwner, reserved: Reserved, queue: Queue) -> None:
+        self.jobs = reserved.jobs
+        self.finished: list[Finished | None] = [None] * len(self.jobs)
+        self._reserved = reserved
         self._owner = owner
         self._queue = queue
         self._streams: dict[int, JobStream] = {}
@@ -60,6 +72,8 @@ class Generation:
         except BaseException as error:
             await self._end(_reason_of(error))
             raise
+        finally:
+            self._reserved.resolve()
         return self
 
     async def __aexit__(
@@ -110,7 +124,14 @@ class Generation:
         return events
 
     async def _submit(self, index: int) -> None:
-        self._streams[index] = await self._owner.submit(self.jobs[index], self._queue)
+        try:
+            self._streams[index] = await self._owner.submit(self.jobs[index], self._queue)
+        except ApiError:
+            raise  # certainly not accepted: what is reserved for it is given back
+        except BaseException:
+            self._reserved.published(index)
+            raise
+        self._reserved.published(index)
 
     async def _submit_all(self) -> None:
         try:

@@ -19,7 +19,7 @@ from services.gateway.edge import read_json
 from services.gateway.errors import ApiError
 from services.gateway.inference import schemas
 from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
-from services.gateway.inference.generation import Generation, JobOwner
+from services.gateway.inference.generation import Generation, JobOwner, Reserved
 from services.gateway.inference.measures import InferenceMetrics, Measure
 from services.gateway.inference.streams import EventStream, StreamTimes, stream_answer
 from services.gateway.owner import Finished
@@ -78,6 +78,13 @@ class Gate(Protocol):
         """A place for one request, and the headers that tell the rate. Raises ApiError."""
 
 
+class Budgets(Protocol):
+    """What of `shared.budgets.gate.BudgetGate` is used here."""
+
+    async def reserve(self, jobs: Sequence[JobQueueMessage]) -> Reserved:
+        """Reserve what the jobs may cost, until it is known which of them run. Raises ApiError."""
+
+
 @dataclass(frozen=True, slots=True)
 class InferenceLimits:
     # Under the openai package's own 600 s, so that we are the ones who say how it ended.
@@ -92,6 +99,7 @@ class InferenceDeps:
     models: ModelTable
     tokenizers: Tokenizers
     gate: Gate
+    budgets: Budgets
     owner: JobOwner
     metrics: InferenceMetrics
     limits: InferenceLimits = field(default_factory=InferenceLimits)
@@ -177,7 +185,7 @@ class _Handlers:
             check_inputs(inputs, context_tokens(context.model, context.route))
             jobs = build_embed_jobs(wanted, inputs, context, lambda: new_id("job"))
             measure.planned(None, sum(map(len, inputs)), [job.job_id for job in jobs])
-            async with self._generation(jobs, context) as generation:
+            async with await self._generation(jobs, context) as generation:
                 vectors = await _collect_vectors(generation, len(inputs))
                 parts = []
                 for part in embedding_parts(begun.head, vectors, wanted.encoding, generation.usage()):
@@ -197,7 +205,7 @@ class _Handlers:
                         context.model.tokenizer_folder, wanted.bad_words
                     )
                     wanted = wanted.with_bad_words(words)
-            async with self._plan(wanted, prompts, context, measure) as generation:
+            async with await self._plan(wanted, prompts, context, measure) as generation:
                 if not wanted.stream:
                     return await self._answer(head, wanted, door, generation, prompts, prompt_texts, measure)
                 frames = door.frames(head, wanted, prompt_texts, len(prompts) * wanted.n)
@@ -258,7 +266,7 @@ class _Handlers:
             return list(await self._deps.tokenizers.encode_texts(model.tokenizer_folder, texts))
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
 
-    def _plan(
+    async def _plan(
         self,
         wanted: GenerationRequest,
         prompts: Sequence[Sequence[int]],
@@ -269,12 +277,12 @@ class _Handlers:
         max_tokens = choose_max_tokens(wanted, prompts, room, self._deps.limits.default_chat_max_tokens)
         jobs = build_jobs(wanted, prompts, max_tokens, context, lambda: new_id("job"))
         measure.planned(max_tokens, sum(map(len, prompts)), [job.job_id for job in jobs])
-        return self._generation(jobs, context)
+        return await self._generation(jobs, context)
 
-    def _generation(self, jobs: Sequence[JobQueueMessage], context: JobContext) -> Generation:
+    async def _generation(self, jobs: Sequence[JobQueueMessage], context: JobContext) -> Generation:
         resource, team_id = context.route.resource, context.principal.team_id
         queue = topology.live_queue_for(resource.resource_id, team_id, pool=resource.pool)
-        return Generation(self._deps.owner, jobs, queue)
+        return Generation(self._deps.owner, await self._deps.budgets.reserve(jobs), queue)
 
     async def _answer(
         self,

@@ -1,10 +1,11 @@
-"""The management API under `/api`: teams, keys, models, options, prices, resources, credit, usage."""
+"""The management API under `/api`: teams, keys, models, options, prices, resources, credit, budgets, usage."""
 
 from __future__ import annotations
 
 from services.gateway.management.acting import ManagementDeps
 from services.gateway.management.advice import Advice
 from services.gateway.management.billing_usage import BillingUsage
+from services.gateway.management.budgets import Budgets
 from services.gateway.management.credit import Credit
 from services.gateway.management.deposits import Deposits
 from services.gateway.management.keys import Keys
@@ -39,6 +40,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Quotas(deps),
         Credit(deps),
         Deposits(deps),
+        Budgets(deps),
         Usage(deps),
         BillingUsage(deps),
         Statements(deps),

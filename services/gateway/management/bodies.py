@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from services.gateway.errors import ApiError, bad_request
+from shared.messages import BudgetAction, BudgetScope
 
 T = TypeVar("T")
 
@@ -149,6 +150,38 @@ class TopUp(Body):
     amount_usd: Usd
 
 
+AlertPercents = Annotated[
+    list[Annotated[int, Meta(ge=1, le=100)]],
+    Meta(max_length=10, description="Shares of the limit at which somebody is told."),
+]
+BudgetActions = Annotated[
+    list[BudgetAction],
+    Meta(
+        max_length=4, description="What is done when it is spent; refuse_ppt is a cap that is never passed."
+    ),
+]
+
+
+class CreateBudget(Body):
+    scope: BudgetScope
+    period: Annotated[Literal["day", "month"], Meta(description="In UTC.")]
+    limit_usd: Usd
+    scope_id: (
+        Annotated[
+            str, Meta(max_length=100, description="Id of the resource, model or key; none for the team.")
+        ]
+        | None
+    ) = None
+    alert_percents: AlertPercents = []
+    actions: BudgetActions = []
+
+
+class ChangeBudget(Body):
+    limit_usd: Usd | UnsetType = UNSET
+    alert_percents: AlertPercents | UnsetType = UNSET
+    actions: BudgetActions | UnsetType = UNSET
+
+
 class CreateResource(Body):
     name: Title
     model_type: TypeName
@@ -165,6 +198,57 @@ class ScaleResource(Body):
 
 class PinModel(Body):
     copies: Annotated[int, Meta(ge=1, le=64)] | Literal["all"] = 1
+
+
+class ChangeQuota(Body):
+    of: Annotated[
+        Literal["team", "every_team", "platform"],
+        Meta(
+            description="`team`: the one that the request acts for; `every_team`: those without a quota of their own."
+        ),
+    ]
+    places: (
+        Annotated[
+            int, Meta(ge=0, le=100_000, description="GPUs at once; null takes a team's own quota away.")
+        ]
+        | None
+    )
+
+
+class ScalingWindow(Body):
+    name: Title
+    start: Annotated[
+        str,
+        Meta(
+            min_length=9,
+            max_length=100,
+            description="Times of opening: minute, hour, day of month, month, day of week, as in cron.",
+            examples=["0 8 * * mon-fri"],
+        ),
+    ]
+    duration_minutes: Annotated[int, Meta(ge=1, le=10_080)]
+    min: Gpus
+    max: Gpus
+    time_zone: Annotated[str, Meta(min_length=1, max_length=64, examples=["Europe/Berlin"])] = "UTC"
+
+
+class SetScaling(Body):
+    """All settings at once: what is left out gets its default."""
+
+    autoscaling: bool
+    gpus: Annotated[Gpus, Meta(description="The fixed number; only with autoscaling off.")] | UnsetType = (
+        UNSET
+    )
+    min: Annotated[Gpus, Meta(description="Only with autoscaling on.")] | UnsetType = UNSET
+    max: Annotated[Gpus, Meta(description="Only with autoscaling on.")] | UnsetType = UNSET
+    idle_timeout_s: Annotated[
+        int, Meta(ge=10, le=604_800, description="So long the last GPU is kept with nothing to do.")
+    ] = 600
+    when_asleep: Annotated[
+        Literal["wake", "refuse"],
+        Meta(description="What a request does while no GPU is up for want of work."),
+    ] = "wake"
+    windows: Annotated[list[ScalingWindow], Meta(max_length=16, description="The first open one holds.")] = []
 
 
 _PLACE = re.compile(r" - at `\$\.?(.*)`$")

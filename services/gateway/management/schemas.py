@@ -82,6 +82,16 @@ DEPOSIT = obj(
     transaction_id=TEXT, kind={"enum": ["credit", "payment", "correction"]}, corrects=OPTIONAL_TEXT, words=TEXT,
     amount_nanousd=INTEGER, amount_usd=USD, created_at=TIME,
 )  # fmt: skip
+_BUDGET_FIELDS: dict[str, Schema] = {
+    "budget_id": TEXT, "scope": TEXT, "scope_id": TEXT, "period": TEXT,
+    "period_start": {"type": "string", "format": "date"},
+    "limit_usd": USD, "limit_nanousd": COUNT, "spent_usd": USD, "spent_nanousd": INTEGER, "created_at": TIME,
+}  # fmt: skip
+BUDGET = obj(
+    **_BUDGET_FIELDS, alert_percents=array(COUNT), actions=array(TEXT), reserved_usd=USD, reserved_nanousd=COUNT,
+    period_end={"type": "string", "format": "date"}, is_spent=FLAG, changed_at=TIME,
+)  # fmt: skip
+ALERT = obj(**_BUDGET_FIELDS, alert_id=TEXT, percent=COUNT)
 PLACE = obj(
     place=COUNT, state=TEXT, phase=TEXT, device=TEXT, node_id=TEXT, worker_id=TEXT, granted_at=OPTIONAL_TIME,
     ready_at=OPTIONAL_TIME,

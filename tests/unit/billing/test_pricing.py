@@ -170,6 +170,7 @@ MONEY_MODULES = sorted(
     path for path in (ROOT / "services/billing").glob("*.py") if path.name not in FLOATS_FOR_TIME
 ) + [
     ROOT / "shared/usd.py",
+    ROOT / "shared/budgets/caps.py",
     *(
         ROOT / "services/gateway" / name
         for name in ("money.py", "statement.py", "management/statements.py", "management/billing_usage.py")

@@ -68,6 +68,7 @@ def test_what_is_missing_or_wrong_is_below_its_floor(
 ) -> None:
     snapshot = Snapshot(
         now_us=0, requests={}, facts={}, prices=[], entries=[], posted_minutes={}, teams={},
+        spend_days={}, held_leases={},
         intervals=[LiveInterval("res_1", "t", 0, 1, 0, 1), LiveInterval("res_2", "t", 0, 1, 0, 1)],
     )  # fmt: skip
     rows = rows_of(storm(tmp_path, *records), snapshot, results, months)

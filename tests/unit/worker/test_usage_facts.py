@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 from opentelemetry import trace
 
-from services.worker.held import Held, usage_message
-from shared.messages import GenerateJob, Outcome, Timings
+from services.worker.held import Held, reported_usage, usage_message
+from shared.messages import EmbedJob, FinishedReport, GenerateJob, Outcome, Timings
 from tests.contract.examples import EXAMPLES
 
 JOB = next(message for message in EXAMPLES if isinstance(message, GenerateJob))
@@ -53,3 +53,14 @@ def test_a_job_that_was_cancelled_before_its_prompt_was_read_says_so() -> None:
     assert fact_of([0], outcome="cancelled", prefilled=False).prefill_ran is False
     assert fact_of([0], outcome="cancelled").prefill_ran is True
     assert fact_of([2], outcome="cancelled", prefilled=False).prefill_ran is True
+
+
+def test_the_fact_names_what_was_reserved_for_its_job() -> None:
+    """Else billing would hold it until no job of the lease can run any more."""
+    jobs = [message for message in EXAMPLES if isinstance(message, GenerateJob | EmbedJob)]
+    assert len(jobs) == 2
+    for job in jobs:
+        report = FinishedReport(attempt=1, outcome="succeeded", completion_tokens=3)
+        fact = reported_usage(job, "wrk_1", report)
+        assert fact.lease_ids == job.lease_ids == ["lease_1", "lease_2"]
+        assert fact.reserved_nanousd == job.reserved_nanousd > 0

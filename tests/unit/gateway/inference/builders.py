@@ -14,11 +14,12 @@ from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from services.gateway.edge import EdgeLimits, build_app, build_runner
-from services.gateway.inference.http import InferenceDeps, InferenceLimits, routes
+from services.gateway.inference.http import Budgets, InferenceDeps, InferenceLimits, routes
 from services.gateway.inference.measures import InferenceMetrics
 from services.gateway.inference.streams import StreamTimes
 from services.gateway.owner import AbandonReason, Finished, OwnedStream, Owner, TextDelta
 from shared import telemetry
+from shared.budgets.gate import Reservation
 from shared.inference.errors import ApiError
 from shared.inference.principal import ModelView, Principal, ResourceView, Route
 from shared.inference.prompts import ChatMessage
@@ -207,6 +208,11 @@ class OpenGate:
         yield {"x-ratelimit-limit-requests": "400"}
 
 
+class NoCaps:
+    async def reserve(self, jobs: Sequence[JobQueueMessage]) -> Reservation:
+        return Reservation(jobs)
+
+
 class OneKey:
     async def principal_for(self, secret: str) -> Principal | None:
         return make_principal() if secret == KEY else None
@@ -220,12 +226,14 @@ async def serving(
     route: Route | ApiError | None = None,
     model: ModelView | None = None,
     times: StreamTimes | None = None,
+    budgets: Budgets | None = None,
 ) -> AsyncIterator[str]:
     """The base URL of a gateway that has the real edge and the real routes of inference."""
     deps = InferenceDeps(
         models=OneModel(model or make_model(), route or make_route()),
         tokenizers=InProcessTokenizers(folder),
         gate=OpenGate(),
+        budgets=budgets or NoCaps(),
         owner=owner,
         metrics=InferenceMetrics(telemetry.meter()),
         limits=InferenceLimits(default_chat_max_tokens=100, stream=times or StreamTimes()),
