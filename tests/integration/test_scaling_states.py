@@ -31,6 +31,7 @@ from services.scheduler.views import Limits
 from services.scheduler.writes import StaleView
 from shared.database import Database
 from shared.ids import new_id
+from shared.lease import Lease
 from shared.messages import (
     CreateOption,
     CreateResource,
