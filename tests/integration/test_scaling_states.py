@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from msgspec.structs import replace
+from services.scheduler.lease import Lease
 
 from services.scheduler.actions import NoteScaling, SendStart, SendStop
 from services.scheduler.desired import Desired
-from services.scheduler.lease import Lease
 from services.scheduler.queue_depths import Depth
 from services.scheduler.scaling_keeper import ScalingKeeper
 from services.scheduler.scaling_policy import Tuning
