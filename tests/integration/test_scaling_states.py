@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from msgspec.structs import replace
-from services.scheduler.lease import Lease
 
 from services.scheduler.actions import NoteScaling, SendStart, SendStop
 from services.scheduler.desired import Desired
