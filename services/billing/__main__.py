@@ -14,6 +14,7 @@ from services.billing.credit_round import CreditRound
 from services.billing.handlers import EventHandler
 from services.billing.instruments import Instruments
 from services.billing.intake import Intake
+from services.billing.metrics_round import MetricsRound
 from services.billing.payments_store import PaymentIntake
 from services.billing.request_cost_round import RequestCostRound
 from services.billing.rounds import MinutesRound, SweepRound, repeat
@@ -42,6 +43,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     sweep = SweepRound(database, intake, instruments, settings.request_retention_days)
     costs = RequestCostRound(database, settings.request_retention_days)
     advice = AdviceRound(database)
+    metrics = MetricsRound(database, settings.request_retention_days)
 
     life.check("broker", lambda: broker.connected)
     life.check("database", lambda: database.healthy)
@@ -55,6 +57,7 @@ async def serve(settings: BillingSettings, life: Lifetime) -> None:
     life.group.create_task(repeat("minutes", settings.minutes_interval_s, life.stopping, minutes.once))
     life.group.create_task(repeat("sweep", settings.sweep_interval_s, life.stopping, sweep.once))
     life.group.create_task(repeat("request costs", settings.sweep_interval_s, life.stopping, costs.once))
+    life.group.create_task(repeat("metrics", settings.metrics_interval_s, life.stopping, metrics.once))
     life.group.create_task(repeat("advice", settings.advice_interval_s, life.stopping, advice.once))
     life.started()
     await life.stopping.wait()

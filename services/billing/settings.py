@@ -20,6 +20,8 @@ class BillingSettings(CommonSettings):
     """Between two looks for slices of budgets that are lost."""
     sweep_interval_s: float = env("BILLING_SWEEP_INTERVAL_S", 30.0, low=0.1, high=3600.0)
     """Between two rounds of: charge what had no price, check the ledger, delete old requests."""
+    metrics_interval_s: float = env("BILLING_METRICS_INTERVAL_S", 10.0, low=0.1, high=3600.0)
+    """How late metrics are, at most, beside the requests themselves."""
     advice_interval_s: float = env("BILLING_ADVICE_INTERVAL_S", 3600.0, low=0.1, high=86400.0)
     request_retention_days: int = env("BILLING_REQUEST_RETENTION_DAYS", 30, low=1, high=3660)
 

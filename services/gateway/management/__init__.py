@@ -9,6 +9,7 @@ from services.gateway.management.budgets import Budgets
 from services.gateway.management.credit import Credit
 from services.gateway.management.deposits import Deposits
 from services.gateway.management.keys import Keys
+from services.gateway.management.metrics import Metrics
 from services.gateway.management.models import Models
 from services.gateway.management.options import Options
 from services.gateway.management.prices import Prices
@@ -38,6 +39,7 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         Resources(deps),
         ResourceModels(deps),
         Quotas(deps),
+        Metrics(deps),
         Credit(deps),
         Deposits(deps),
         Budgets(deps),
