@@ -68,7 +68,7 @@ class Views:
         return await self._database.fetch(
             f"SELECT r.*, s.*, {_RATE_IN_FORCE.format('r')} FROM scheduler_api.resources_v1 r"
             " JOIN scheduler_api.scaling_v1 s USING (resource_id)"
-            " WHERE team_id = $1 AND resource_id > $2 AND deleted_at IS NULL ORDER BY resource_id LIMIT $3",
+            " WHERE team_id = $1 AND resource_id > $2 AND deleted_at IS NULL ORDER BY r.resource_id LIMIT $3",
             team_id,
             after,
             limit,
