@@ -209,9 +209,10 @@ async def _check_quota(connection: Connection, team_id: str, count: int) -> None
 
 
 async def _lock(connection: Connection, team_id: str, resource_id: str) -> asyncpg.Record:
-    """Lock and return the team's resource; another team's is not found, in the same words."""
+    """Lock and return the team's resource; another team's is not found, in the same words. most: GPUs it may ever have."""
     row = await connection.fetchrow(
-        """SELECT wanted, state, pool, fixed_count FROM scheduler.resources
+        """SELECT wanted, state, pool, greatest(max_now, coalesce(max_count, fixed_count)) AS most
+           FROM scheduler.resources
            WHERE resource_id = $1 AND team_id = $2 AND deleted_at IS NULL FOR UPDATE""",
         resource_id,
         team_id,
@@ -255,7 +256,7 @@ async def _wish(connection: Connection, command: PinModel | UnpinModel | Preload
     row = await _lock(connection, command.team_id, command.resource_id)
     match command:
         case PinModel():
-            name = await pin_commands.pin(connection, command, row["fixed_count"])
+            name = await pin_commands.pin(connection, command, row["most"])
             copies = "everywhere" if command.copies is None else f"{command.copies} times"
             await _note(connection, command.resource_id, "pinned", f"{name} pinned {copies}", command)
         case UnpinModel():

@@ -29,6 +29,7 @@ from shared.messages import (
     ResidentModel,
     ScaleResource,
     SetPins,
+    SetScaling,
     TurnOnResource,
     UnpinModel,
     WorkerReport,
@@ -217,6 +218,19 @@ async def test_a_pin_that_cannot_be_is_refused_and_changes_nothing(
     result = await pin(tables, resource_id, model, copies, team)
     assert (result.ok, result.code) == (False, code)
     assert await stored_pins(tables) == {"mod_m2": 1}
+
+
+async def test_a_resource_that_scales_by_itself_may_have_a_copy_on_each_gpu_it_may_reach(
+    tables: Tables, models: None
+) -> None:
+    resource_id = await tables.resource(count=1)
+    scaling: dict[str, Any] = {"autoscaling": True, "min_count": 0, "max_count": 3, "idle_timeout_s": 60}
+    scaled = await tables.run(
+        SetScaling, team_id="t1", resource_id=resource_id, when_asleep="wake", **scaling
+    )
+    assert scaled.ok, scaled
+    assert (await pin(tables, resource_id, "m1", 3)).ok
+    assert (await pin(tables, resource_id, "m2", 4)).code == "too_many_copies"
 
 
 def report_of(incarnation: str, *resident: str, pinned: tuple[str, ...] = (), version: str = "") -> Any:
