@@ -32,6 +32,7 @@ def reconcile(view: ResourceView) -> list[Action]:
     4. Fewer -> first take back drains that nobody was told of yet, then grant free seats, lowest first. All places
        that are not free, draining and lost ones too, count against the maximum. A start waits for the back-off after
        failed ones, and for a device; and after a place became free, for the next look, which counts how it ended.
+       While a budget that stops scaling up is used up, nothing is granted: what runs goes on.
     5. Places that drain -> tell worker and node, again and again until the node confirms the end.
     6. The state of the resource follows from its places (`target_state`), one legal step at a time.
     """
@@ -247,6 +248,8 @@ def _grants(
     view: ResourceView, places: Sequence[PlaceView], missing: int, has_just_left: bool
 ) -> tuple[list[GrantPlace], str]:
     """Grant up to `missing` seats; also say in words why fewer were granted."""
+    if missing > 0 and view.is_capped:
+        return [], "a budget is used up: no more GPUs until its next period, or a higher limit"
     waiting = ""
     most = bounds_in_force(view).max_count
     room = most - len(places)

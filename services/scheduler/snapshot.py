@@ -50,6 +50,7 @@ class StoredResource(Struct, frozen=True, kw_only=True):
     last_failure_at: float | None
     last_failure: str
     usual_start_s: float | None
+    is_capped: bool = False
     autoscaling: bool = False
     min_count: int | None = None
     max_count: int | None = None
@@ -232,6 +233,7 @@ def _view(
         last_failure=resource.last_failure,
         last_exit_at=memory.last_exit_at.get(resource.resource_id),
         usual_start_s=resource.usual_start_s,
+        is_capped=resource.is_capped,
         places=[_place(p, heard, memory) for p in stored.places if p.resource_id == resource.resource_id],
         free_devices=[device for device in free if device.kind == resource.device_kind],
         observing_since=heard.observing_since,

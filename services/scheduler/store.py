@@ -47,6 +47,8 @@ _RESOURCES = """
             FROM scheduler.starts WHERE succeeded AND ended_at > now() - interval '7 days'
         ) AS recent
         WHERE newest <= 20 GROUP BY option_id
+    ), capped AS MATERIALIZED (
+        SELECT DISTINCT team_id, resource_id FROM billing_api.capped_resources_v1
     )
     SELECT r.resource_id, r.team_id, r.model_type, r.option_id, r.pool, r.wanted, r.fixed_count, r.state, r.reason,
            round(extract(epoch FROM r.expected_live_at), 3)::float8 AS expected_live_at,
@@ -54,7 +56,11 @@ _RESOURCES = """
            r.window_now, r.wanted_count, r.job_tokens, r.worker_tokens_per_s, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
            o.device_kind, o.precision, o.max_batch, o.max_context_tokens, o.kv_tokens, o.hourly_rate_nanousd,
            f.failures, extract(epoch FROM f.last_failure_at)::float8 AS last_failure_at,
-           coalesce(f.last_failure, '') AS last_failure, usual.start_s::float8 AS usual_start_s
+           coalesce(f.last_failure, '') AS last_failure, usual.start_s::float8 AS usual_start_s,
+           NOT r.pool AND EXISTS (
+               SELECT 1 FROM capped c
+               WHERE c.team_id = r.team_id AND coalesce(c.resource_id, r.resource_id) = r.resource_id
+           ) AS is_capped
     FROM scheduler.resources r
     JOIN scheduler.performance_options o USING (option_id)
     LEFT JOIN usual USING (option_id)

@@ -146,5 +146,7 @@ class ResourceView(Struct, frozen=True, kw_only=True):
     free_devices: list[FreeDevice] = []
     scaling: Scaling | None = None
     quota: QuotaRoom | None = None
+    is_capped: bool = False
+    """Whether a budget whose spending stops more GPUs is used up."""
     observing_since: float | None = None
     """Since when reports could be received without a break; None while the broker is away."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from services.billing.budget_round import BudgetRound
@@ -17,10 +18,13 @@ from services.billing.budget_store import add_spend
 from shared import topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
-from shared.messages import BudgetAlerted, SchedulerCommand, TurnOffResource
+from shared.messages import BudgetAlerted, SchedulerCommand, TurnOffResource, TurnOnResource
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway
 from tests.integration.billing_stand import Stand, insert_interval, open_stand, running_commands, until
+from tests.integration.test_scheduler_store import Tables, tables
+
+__all__ = ["tables"]  # the fixture
 
 USD = 1_000_000_000
 
@@ -248,6 +252,50 @@ async def test_a_spent_budget_turns_resources_off_and_says_what_it_stops(vhost: 
             "SELECT team_id, scope, scope_id FROM billing_api.capped_batches_v1"
         )
         assert [tuple(row) for row in batches] == [("team_a", "team", "team_a")]
+
+
+async def test_a_spent_budget_is_seen_by_the_scheduler_for_whom_it_is(
+    tables: Tables, module_database: str
+) -> None:
+    own, other = await tables.live(), await tables.resource("r2")
+    await tables.run(TurnOnResource, team_id="t1", resource_id=other)
+    administrator = await asyncpg.connect(module_database)
+    try:
+
+        async def capped_ids() -> set[str]:
+            stored = await tables.store.load()
+            return {resource.resource_id for resource in stored.resources if resource.is_capped}
+
+        async def budget(scope: str, scope_id: str, action: str, spent_nanousd: int) -> None:
+            await administrator.execute("DELETE FROM billing.budgets")
+            await administrator.execute("DELETE FROM billing.spend_days")
+            await administrator.execute(
+                "INSERT INTO billing.budgets (budget_id, team_id, scope, scope_id, period, limit_nanousd,"
+                " alert_percents, actions) VALUES ('bud_1', 't1', $1, $2, 'day', 1000, '{}', $3)",
+                scope,
+                scope_id,
+                [action],
+            )
+            await administrator.execute(
+                "INSERT INTO billing.spend_days (team_id, scope, scope_id, day, posted_nanousd)"
+                " VALUES ('t1', $1, $2, (now() AT TIME ZONE 'UTC')::date, $3)",
+                scope,
+                scope_id,
+                spent_nanousd,
+            )
+
+        await budget("resource", own, "stop_scale_up", 999)
+        assert await capped_ids() == set()
+        await budget("resource", own, "stop_scale_up", 1_000)
+        assert await capped_ids() == {own}
+        await budget("team", "t1", "stop_scale_up", 1_000)
+        assert await capped_ids() == {own, other}
+        await budget("team", "t1", "refuse_ppt", 1_000)
+        assert await capped_ids() == set(), "it stops something else"
+    finally:
+        await administrator.execute("DELETE FROM billing.budgets")
+        await administrator.execute("DELETE FROM billing.spend_days")
+        await administrator.close()
 
 
 async def has_some(queue: asyncio.Queue[Delivery]) -> bool:

@@ -280,3 +280,14 @@ def test_a_stored_decision_can_be_replayed_from_its_inputs() -> None:
     stored = msgspec.json.encode(view)
     assert reconcile(msgspec.json.decode(stored, type=ResourceView)) == reconcile(view)
     assert any(not isinstance(action, NotePlace | ProveInterval) for action in reconcile(view))
+
+
+def test_a_spent_budget_stops_more_gpus_and_keeps_those_that_run() -> None:
+    devices = [FreeDevice("node-1", f"cpu:{index}", "cpu") for index in range(4)]
+    view = make_view(make_place(0), fixed_count=3, free_devices=devices, is_capped=True)
+    actions = reconcile(view)
+    assert not any(isinstance(action, GrantPlace | MovePlace) for action in actions)
+    (said,) = [action for action in actions if isinstance(action, SetResource)]
+    assert said.state == ResourceState.LIVE and "a budget is used up" in said.reason
+    again = reconcile(msgspec.structs.replace(view, is_capped=False))
+    assert [action.place for action in again if isinstance(action, GrantPlace)] == [1, 2]
