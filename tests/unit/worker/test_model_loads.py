@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -182,16 +183,28 @@ async def test_an_image_that_is_removed_between_its_choice_and_its_load_is_not_m
         assert bench.image_files == []
 
 
-async def test_a_model_goes_while_another_comes_and_one_that_comes_does_not_go(tmp_path: Path) -> None:
+async def test_a_model_goes_while_another_comes_and_one_that_comes_does_not_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = msgspec.structs.replace(REF, model_id="mod_2", folder="mod_2/1")
+    gate = threading.Event()
     async with running(tmp_path) as bench:
         put_model(tmp_path / "store", other.folder, seed=2)
         await bench.loads.load(REF)
+        load_decoder = bench.engine._loader.load
+
+        def load_slowly(handle: str, folder: Path) -> object:
+            gate.wait()
+            return load_decoder(handle, folder)
+
+        monkeypatch.setattr(bench.engine._loader, "load", load_slowly)
         coming = asyncio.create_task(bench.loads.load(other))
-        await asyncio.sleep(0)
-        with pytest.raises(ValueError, match="not loaded"):
-            await bench.loads.unload(("mod_2", 1))
-        await bench.loads.unload(KEY)
+        try:
+            with pytest.raises(ValueError, match="not loaded"):
+                await bench.loads.unload(("mod_2", 1))
+            await bench.loads.unload(KEY)
+        finally:
+            gate.set()
         assert (await coming).handle == "mod_2@1"
         await bench.loads.unload(("mod_2", 1))
         with pytest.raises(ValueError, match="not loaded"):
