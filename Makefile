@@ -1,6 +1,6 @@
 # Every target prepares what it needs and is safe to repeat. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup up down status logs clean test test-unit lint format bench-engine soak gpu-check-engine gpu-check-gptj gpu-check-hotswap
+.PHONY: help setup up down status logs clean test test-unit lint format demo-hotswap bench-engine bench-hotswap soak soak-hotswap gpu-check-engine gpu-check-gptj gpu-check-hotswap
 
 BOOTSTRAP := infra/local/bootstrap.sh
 PYTHON := .venv/bin/python
@@ -19,6 +19,9 @@ setup: ## install what is missing: Debian's packages, .venv/
 
 up: ## set up and start everything; ends with a first answer, the address and the key
 	@$(BOOTSTRAP) infra.local up
+
+demo-hotswap: ## beside a running 'make up': ten fine-tunes answer in turn on one worker, with the time of each swap
+	@$(HAVE_VENV); $(PYTHON) -m infra.local.demo_hotswap
 
 down: ## stop everything; data are kept in .local/
 	@$(HAVE_VENV); $(PYTHON) -m infra.local down
@@ -61,6 +64,12 @@ bench-engine: setup ## the engine against transformers and llama.cpp, on a quiet
 			--target $(BENCH_PACKAGES) --requirement $(BENCH_REQUIREMENTS) && \
 		cp $(BENCH_REQUIREMENTS) $(BENCH_PACKAGES)/installed.txt; }
 	@$(PYTHON) -m loadtest.engine $(ARGS)
+
+bench-hotswap: setup ## 20 fine-tunes in memory for 3, on a quiet machine (12 minutes); ARGS="--rows goodput --json FILE"
+	@$(PYTHON) -m loadtest.hotswap $(ARGS)
+
+soak-hotswap: setup ## 1,000 swaps beside answers: each answer right, memory flat? ARGS="--model smollm2"
+	@$(PYTHON) -m loadtest.hotswap_soak $(ARGS)
 
 soak: setup ## 10,000 requests through the engine: does its memory stay flat? ARGS="--model smollm2 --requests 500"
 	@$(PYTHON) -m loadtest.soak $(ARGS)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infra.local.demo_model import DemoModelError
+from loadtest.child_process import SideError
 from loadtest.engine_comparisons import (
     QUICK_SHAPES,
     SHAPES,
@@ -39,7 +40,7 @@ from loadtest.engine_models import (
     read_smollm2,
 )
 from loadtest.engine_quality import list_quality_rows, measure_cold_starts, measure_quality
-from loadtest.engine_sides import SideError, Sides, SideSpec
+from loadtest.engine_sides import Sides, SideSpec
 from loadtest.engine_workloads import ALL_AT_ONCE, ONE_BY_ONE, Plan, Request, group_requests, make_requests
 from loadtest.report import Row, print_table, write_json
 

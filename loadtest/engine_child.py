@@ -1,22 +1,16 @@
-"""The process of one side of `loadtest.engine`: reads questions from its standard input, answers on its standard output.
+"""The process of one side of `loadtest.engine`: see `child_process`.
 
 Started by `engine_sides.Side` with one argument, the side's `SideSpec` as JSON. Its first line says that the model is ready.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
-import sys
 import time
 from typing import Any, Protocol
 
+from loadtest.child_process import Answer, serve_parent
 from loadtest.engine_sides import SideSpec
 from loadtest.engine_workloads import Request
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Contender(Protocol):
@@ -62,19 +56,10 @@ def answer(contender: Contender, question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    # A stopped process notices no closed pipe: it has to go with its parent.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Libraries may print what they like: the answers have a descriptor of their own.
-    with os.fdopen(os.dup(1), "w") as replies:
-        os.dup2(2, 1)
-        contender, first_token_s = make_contender(SideSpec(**json.loads(sys.argv[1])))
-        print(json.dumps({"first_token_s": first_token_s}), file=replies, flush=True)
-        for line in sys.stdin:
-            print(json.dumps(answer(contender, json.loads(line))), file=replies, flush=True)
-    # What a library's threads still do must not keep the process.
-    os._exit(0)
+def _make(argument: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
+    contender, first_token_s = make_contender(SideSpec(**argument))
+    return {"first_token_s": first_token_s}, lambda question: answer(contender, question)
 
 
 if __name__ == "__main__":
-    main()
+    serve_parent(_make)

@@ -85,12 +85,16 @@ def rates_of(requests: Sequence[Request], timing: Timing) -> Rates:
 
 
 def make_ratio_row(
-    name: str, pairs: Sequence[tuple[float, float]], floor: float | None, target: float | None
+    name: str,
+    pairs: Sequence[tuple[float, float]],
+    floor: float | None,
+    target: float | None,
+    unit: str = "tokens/s",
 ) -> Row:
     """pairs: (ours, theirs). The ratio is the median of the pairs' ratios, not the ratio of the medians."""
     return Row(
         name,
-        "tokens/s",
+        unit,
         statistics.median(ours for ours, _ in pairs),
         statistics.median(theirs for _, theirs in pairs),
         statistics.median(ours / theirs for ours, theirs in pairs),

@@ -1,35 +1,25 @@
 """Both sides of `loadtest.engine` as processes of their own, which live from their first use to their last.
 
-Only the side whose turn it is may run: the others are stopped (SIGSTOP), so that no waiting thread of theirs takes part.
-What a side is asked and answers is one line of JSON each; what it and its libraries print goes to a log.
+Only the side whose turn it is may run: the others are stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import Literal, Self
 
-from infra.local.layout import ROOT
+from loadtest.child_process import Child, SideError
 from loadtest.engine_workloads import Request
 
 Kind = Literal["ours", "huggingface", "continuous", "llamacpp"]
 
 READY_TIMEOUT_S = 300.0
 REPLY_TIMEOUT_S = 900.0
-SHOWN_LOG_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,34 +43,24 @@ class Timing:
     answers: list[list[int]]
 
 
-class SideError(RuntimeError):
-    """A side died, did not answer in time, or answered something else than it was asked."""
-
-
 class Side:
     """One process; see `engine_child`. first_token_s: from the end of its imports to a model's first token."""
 
     def __init__(self, spec: SideSpec, environment: dict[str, str]) -> None:
         self.spec = spec
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "loadtest.engine_child", json.dumps(dataclasses.asdict(spec))],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
+        self._child = Child(
+            "loadtest.engine_child",
+            dataclasses.asdict(spec),
+            str(spec),
+            environment,
+            ready_timeout_s=READY_TIMEOUT_S,
+            reply_timeout_s=REPLY_TIMEOUT_S,
         )
-        try:
-            self.first_token_s = float(self._read(READY_TIMEOUT_S)["first_token_s"])
-        except SideError:
-            self.close()
-            raise
-        self._process.send_signal(signal.SIGSTOP)
+        self.first_token_s = float(self._child.hello["first_token_s"])
 
     def run(self, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> Timing:
         """Raises SideError, also when an answer has not the length that was asked for."""
-        reply = self._ask(
+        reply = self._child.ask(
             {
                 "do": "run",
                 "requests": [[request.prompt, request.answer_tokens] for request in requests],
@@ -97,54 +77,13 @@ class Side:
 
     def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Natural logprobs of each window's tokens after its first."""
-        logprobs: list[list[float]] = self._ask({"do": "score", "windows": windows})["logprobs"]
+        logprobs: list[list[float]] = self._child.ask({"do": "score", "windows": windows})["logprobs"]
         if [len(each) + 1 for each in logprobs] != [len(window) for window in windows]:
             raise SideError(f"{self.spec}: not every token was scored")
         return logprobs
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        self._process.send_signal(signal.SIGCONT)
-        try:
-            pipe: IO[bytes] | None = self._process.stdin
-            assert pipe is not None
-            pipe.write(json.dumps(question).encode() + b"\n")
-            pipe.flush()
-        except BrokenPipeError as error:
-            raise self._failure("died") from error
-        reply = self._read(REPLY_TIMEOUT_S)
-        self._process.send_signal(signal.SIGSTOP)
-        return reply
-
-    def _read(self, timeout_s: float) -> dict[str, Any]:
-        pipe = self._process.stdout
-        assert pipe is not None
-        deadline_s = time.monotonic() + timeout_s
-        line = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline_s - time.monotonic())):
-                    raise self._failure(f"gave no answer within {timeout_s:.0f} s")
-                piece = os.read(pipe.fileno(), 1 << 20)
-                if not piece:
-                    # Its pipe closes before it has said why.
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        self._process.wait(10)
-                    raise self._failure("died")
-                line += piece
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _failure(self, what: str) -> SideError:
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - SHOWN_LOG_BYTES))
-        said = self._log.read().decode(errors="replace").strip()
-        return SideError(f"{self.spec} {what}; its last words:\n{said}")
+        self._child.close()
 
 
 class Sides:

@@ -41,6 +41,9 @@ class ManagementApi:
     def patch(self, path: str, body: Mapping[str, Any], **query: str) -> dict[str, Any]:
         return self._call("PATCH", path, query, body)
 
+    def delete(self, path: str, **query: str) -> dict[str, Any]:
+        return self._call("DELETE", path, query, None)
+
     def list(self, path: str, **query: str) -> Iterator[dict[str, Any]]:
         """Every item, page after page."""
         cursor: str | None = None

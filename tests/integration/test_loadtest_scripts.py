@@ -11,10 +11,22 @@ from pathlib import Path
 import pytest
 
 from infra.local.layout import ROOT
-from loadtest.engine_sides import SideError, Sides, SideSpec
+from loadtest.child_process import SideError
+from loadtest.engine_sides import Sides, SideSpec
+from services.worker.engine.native.build import load_library
 from tests.conftest import Servers
 
-SCRIPTS = ("path", "billing_catchup", "budget_check", "chaos", "storm", "audit", "engine")
+SCRIPTS = (
+    "path",
+    "billing_catchup",
+    "budget_check",
+    "chaos",
+    "storm",
+    "audit",
+    "engine",
+    "hotswap",
+    "hotswap_soak",
+)
 
 
 def run_script(*arguments: str, servers: Servers | None = None) -> subprocess.CompletedProcess[str]:
@@ -91,6 +103,26 @@ def test_the_engine_is_measured_against_transformers(tmp_path: Path) -> None:
     assert rows["greedy tokens equal, fp32 | HF fp32"]["ratio"] > 0.9
     for precision in ("fp32", "bf16", "int8"):
         assert 0 < rows[f"cold start to first token, {precision}"]["ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(load_library().library is None, reason="images are of the C kernels")
+def test_hotswap_is_measured_on_all_its_sides(servers: Servers, tmp_path: Path) -> None:
+    arguments = ("--quick", "--threads", "1", "--json", str(tmp_path / "rows.json"))
+    done = run_script("loadtest.hotswap", *arguments, servers=servers)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    for name in (
+        "image to first token | from_pretrained",
+        "image to first token | from_pretrained and its tokenizer",
+        "A decodes 1 while B loads | A alone",
+        "A decodes 8 while B loads | A alone",
+        "8 models in turn, memory for 3 | one less",
+    ):
+        assert rows[name]["ours"] > 0 and rows[name]["ratio"] > 0, rows[name]
+    for side in ("a worker", "our engine, FIFO", "from_pretrained, FIFO"):
+        assert rows[f"{side}: in time of 4 arrivals/s"]["ours"] > 0
 
 
 @pytest.mark.timeout(60)
