@@ -23,7 +23,7 @@ from services.batch.pages import Pages
 from services.batch.preparation import Prepared, Preparer
 from services.batch.records import Batch, Dispatched
 from services.batch.results import Results
-from services.batch.routing import Purse, Waiting, choose_paid_route
+from services.batch.routing import Payer, Purse, Waiting, choose_paid_route
 from services.batch.states import LineEnd
 from services.batch.store import Store
 from services.batch.validation import Validator
@@ -202,7 +202,8 @@ class Dispatcher:
                 entry.waiting_for = "the model was deleted"
                 return
             entry.pages = Pages(batch, model, self._store, self._files, self._preparer)
-        route = choose_paid_route(batch.team_id, ppt_fallback, batch.model_type or "", resources, purse)
+        payer = Payer(batch.team_id, batch.key_id, batch.model_id or "")
+        route = choose_paid_route(payer, ppt_fallback, batch.model_type or "", resources, purse)
         if isinstance(route, Waiting):
             entry.route, entry.waiting_for = None, route.reason
         else:

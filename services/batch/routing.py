@@ -28,23 +28,47 @@ class Purse:
     """Model types whose tokens have a price in force, of the class batch."""
     spent_teams: AbstractSet[str] = frozenset()
     """Ids of the teams that may spend nothing now."""
+    stopped: AbstractSet[tuple[str, str, str]] = frozenset()
+    """(team, scope, id in the scope) of budgets that are used up and stop batches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """Whose work it is, as budgets know it."""
+
+    team_id: str
+    key_id: str
+    model_id: str
 
 
 def choose_paid_route(
-    team_id: str, ppt_fallback: bool, model_type: str, resources: Iterable[ResourceView], purse: Purse
+    payer: Payer, ppt_fallback: bool, model_type: str, resources: Iterable[ResourceView], purse: Purse
 ) -> Route | Waiting:
     """The route, if somebody pays for it. Pure.
 
-    1. A team's own GPUs are paid by the minute, whatever runs on them.
-    2. Tokens without a price can be sold to nobody -> wait for one.
-    3. A team that has nothing left to spend -> wait for credit. What is out by then is still done, and charged.
+    1. A budget of the team, key, model or resource that stops batches is used up -> wait for its next period, on the
+       team's own GPUs too. What is out by then is still done, and charged.
+    2. A team's own GPUs are paid by the minute, whatever runs on them.
+    3. Tokens without a price can be sold to nobody -> wait for one.
+    4. A team that has nothing left to spend -> wait for credit.
     """
+    team_id = payer.team_id
     route = choose_line_route(team_id, ppt_fallback, model_type, resources)
-    if isinstance(route, Waiting) or route.billing != "ppt":  # 1
+    if isinstance(route, Waiting):
         return route
-    if model_type not in purse.priced_types:  # 2
+    budgets = {
+        (team_id, "team", team_id),
+        (team_id, "key", payer.key_id),
+        (team_id, "model", payer.model_id),
+        (team_id, "resource", route.resource.resource_id),
+    }
+    if budgets & purse.stopped:  # 1
+        return Waiting("a budget that stops batches is used up")
+    if route.billing != "ppt":  # 2
+        return route
+    if model_type not in purse.priced_types:  # 3
         return Waiting(f"tokens of the type '{model_type}' have no price for batches yet")
-    if team_id in purse.spent_teams:  # 3
+    if team_id in purse.spent_teams:  # 4
         return Waiting("the team has no credit left")
     return route
 

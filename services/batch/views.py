@@ -62,14 +62,21 @@ class Views:
         return {row["team_id"]: row["ppt_fallback"] for row in rows}
 
     async def purse(self) -> Purse:
-        """What tokens have a price now, and who may spend nothing."""
+        """What tokens have a price now, who may spend nothing, and which budgets stop batches."""
         priced = await self._database.fetch(
             "SELECT DISTINCT model_type FROM billing_api.prices_v1 WHERE work_class = 'batch' AND starts_at <= now()"
         )
         spent = await self._database.fetch(
             "SELECT team_id FROM billing_api.spendable_v1 WHERE spendable_nanousd = 0"
         )
-        return Purse(frozenset(row[0] for row in priced), frozenset(row[0] for row in spent))
+        stopped = await self._database.fetch(
+            "SELECT team_id, scope, scope_id FROM billing_api.capped_batches_v1"
+        )
+        return Purse(
+            frozenset(row[0] for row in priced),
+            frozenset(row[0] for row in spent),
+            frozenset((row[0], row[1], row[2]) for row in stopped),
+        )
 
     async def resources(self) -> list[ResourceView]:
         rows = await self._database.fetch(

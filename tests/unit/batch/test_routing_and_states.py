@@ -10,7 +10,7 @@ import pytest
 from services.batch.pages import PAGE_BYTES, cut_page
 from services.batch.preparation import job_id_at, line_seed
 from services.batch.records import LineRef
-from services.batch.routing import Purse, Waiting, choose_line_route, choose_paid_route
+from services.batch.routing import Payer, Purse, Waiting, choose_line_route, choose_paid_route
 from services.batch.states import BATCH_TRANSITIONS, OPEN_STATES
 from shared.inference.principal import ResourceView, Route
 
@@ -52,6 +52,14 @@ def test_a_line_goes_to_its_resource_or_waits_for_it(
         assert chosen is None or (isinstance(chosen, str) and chosen in found.reason)
 
 
+PAYER = Payer("team_1", "key_1", "mod_1")
+
+
+def stopped(*budget: str) -> Purse:
+    team_id, scope, scope_id = budget
+    return Purse({"tiny"}, stopped={(team_id, scope, scope_id)})
+
+
 @pytest.mark.parametrize(
     ("resources", "purse", "waits_for"),
     [
@@ -62,12 +70,19 @@ def test_a_line_goes_to_its_resource_or_waits_for_it(
         ([POOL], Purse({"other"}), "no price"),
         ([POOL], Purse({"tiny"}, {"team_1"}), "no credit"),
         ([replace(POOL, **OFF)], Purse({"tiny"}, {"team_1"}), "pool is off"),
+        ([POOL], stopped("team_1", "team", "team_1"), "budget"),
+        ([POOL], stopped("team_1", "key", "key_1"), "budget"),
+        ([POOL], stopped("team_1", "model", "mod_1"), "budget"),
+        ([OWN], stopped("team_1", "resource", OWN.resource_id), "budget"),
+        ([POOL], stopped("team_1", "resource", OWN.resource_id), None),
+        ([POOL], stopped("team_1", "key", "key_2"), None),
+        ([POOL], stopped("team_2", "key", "key_1"), None),
     ],
 )
 def test_what_nobody_pays_for_waits(
     resources: list[ResourceView], purse: Purse, waits_for: str | None
 ) -> None:
-    found = choose_paid_route("team_1", False, "tiny", resources, purse)
+    found = choose_paid_route(PAYER, False, "tiny", resources, purse)
     assert isinstance(found, Waiting) == (waits_for is not None)
     if isinstance(found, Waiting):
         assert waits_for is not None and waits_for in found.reason
