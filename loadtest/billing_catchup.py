@@ -101,7 +101,7 @@ async def catch_up(stack: Stack, count: int) -> CaughtUp:
     began_s = time.perf_counter()
     admin = await asyncpg.connect(stack.database_url)
     try:
-        start = asyncio.create_task(asyncio.to_thread(stack.start_billing))
+        start = asyncio.create_task(asyncio.to_thread(stack.start_service, "billing"))
         first_s: float | None = None
         async with asyncio.timeout(CATCH_UP_LIMIT_S):
             while True:
@@ -136,7 +136,7 @@ async def measure(stack: Stack, count: int, phase_s: float) -> list[Row]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         client = Client(stack, session)
         await asyncio.to_thread(stack.start_worker, "worker", step_s=0.0, max_batch=64)
-        await asyncio.to_thread(stack.start_billing)
+        await asyncio.to_thread(stack.start_service, "billing")
         await measure_latency(client, REQUESTS_S, 2.0)  # warm-up
         with_billing = await measure_latency(client, REQUESTS_S, phase_s)
         await asyncio.to_thread(stack.stop, "billing")

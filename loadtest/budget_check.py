@@ -160,7 +160,7 @@ def insert_budgets(database_url: str) -> None:
 
 async def measure(stack: Stack, phase_s: float) -> list[Row]:
     insert_budgets(stack.database_url)
-    await asyncio.to_thread(stack.start_billing)
+    await asyncio.to_thread(stack.start_service, "billing")
     async with AsyncExitStack() as opened:
         database = await Database.open(stack.database_url, "roundhouse_gateway", opened)
         broker = await Broker.open(stack.amqp_url, "loadtest", opened)

@@ -173,7 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with running_stack() as stack:
         if arguments.with_billing:
-            stack.start_billing()
+            stack.start_service("billing")
         rows = uvloop.run(measure(stack, quick=arguments.quick))
     print_table(rows)
     if arguments.json:

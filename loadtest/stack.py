@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from shared.messages import WorkerSpec
 
 MODEL_TYPE = "smollm2-135m"
 READY_LIMIT_S = 60.0
+REAL_KV_TOKENS = 16 * 1024
 
 
 @dataclass
@@ -53,6 +55,16 @@ class Stack:
 
     def start_worker(self, name: str, *, step_s: float, max_batch: int, tokens_per_step: int = 1) -> None:
         """Start a stub worker and wait until it takes jobs."""
+        pace = {"STUB_STEP_S": str(step_s), "STUB_TOKENS_PER_STEP": str(tokens_per_step)}
+        self._start_worker(name, "loadtest.stub_worker", max_batch, 1 << 20, pace)
+
+    def start_real_worker(self, name: str) -> None:
+        """Start a worker with the real engine; it loads the model at its first job."""
+        self._start_worker(name, "services.worker", 16, REAL_KV_TOKENS, {})
+
+    def _start_worker(
+        self, name: str, module: str, max_batch: int, kv_tokens: int, environment: dict[str, str]
+    ) -> None:
         spec = WorkerSpec(
             worker_id=new_id("wrk"),
             resource_id=self.resource_id,
@@ -64,28 +76,26 @@ class Stack:
             device_kind="cpu",
             max_batch=max_batch,
             max_context_tokens=2048,
-            kv_tokens=1 << 20,
+            kv_tokens=kv_tokens,
         )
         port = free_port()
-        self._start(
-            name,
-            "loadtest.stub_worker",
-            {
-                "OPS_PORT": str(port),
-                "ROUNDHOUSE_WORKER_SPEC": msgspec.json.encode(spec).decode(),
-                "STUB_STEP_S": str(step_s),
-                "STUB_TOKENS_PER_STEP": str(tokens_per_step),
-            },
-        )
+        environment = {
+            "OPS_PORT": str(port),
+            "ROUNDHOUSE_WORKER_SPEC": msgspec.json.encode(spec).decode(),
+            **environment,
+        }
+        self._start(name, module, environment)
         wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes[name])
 
-    def start_billing(self) -> None:
-        self._start_service("billing")
+    def restart_gateway(self) -> None:
+        """Start the gateway again, at the address that it had."""
+        port = urllib.parse.urlsplit(self.base_url).port
+        ops_port = free_port()
+        self._start("gateway", "services.gateway", {"HTTP_PORT": str(port), "OPS_PORT": str(ops_port)})
+        wait_ready(f"http://127.0.0.1:{ops_port}/readyz", self.processes["gateway"])
 
-    def start_batch(self) -> None:
-        self._start_service("batch")
-
-    def _start_service(self, name: str) -> None:
+    def start_service(self, name: str) -> None:
+        """Start `services.<name>` and wait until it is ready."""
         port = free_port()
         self._start(name, f"services.{name}", {"OPS_PORT": str(port)})
         wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes[name])
@@ -207,8 +217,6 @@ def post(url: str, key: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def get_json(url: str) -> Any:
     """GET JSON; a user and password in the URL become basic authentication."""
-    import urllib.parse
-
     parts = urllib.parse.urlsplit(url)
     plain = parts._replace(netloc=f"{parts.hostname}:{parts.port}").geturl()
     manager = urllib.request.HTTPPasswordMgrWithPriorAuth()

@@ -34,8 +34,8 @@ OVER = ("completed", "failed", "expired", "cancelled")
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with running_stack() as running:
-        running.start_batch()
-        running.start_billing()
+        running.start_service("batch")
+        running.start_service("billing")
         running.start_worker("worker", step_s=0.01, max_batch=32)
         yield running
 
@@ -408,7 +408,7 @@ def test_each_line_is_done_once_when_a_process_is_killed(stack: Stack, client: O
         process.kill()
         process.wait()
         if victim == "batch":
-            stack.start_batch()
+            stack.start_service("batch")
         else:
             stack.start_worker("worker", step_s=0.01, max_batch=32)
     batch = wait_for(client, batch, limit_s=90)

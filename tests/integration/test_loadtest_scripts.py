@@ -18,6 +18,7 @@ from tests.conftest import Servers
 
 SCRIPTS = (
     "path",
+    "batch",
     "billing_catchup",
     "budget_check",
     "chaos",
