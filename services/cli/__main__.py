@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import batch, chat, models, resources, usage
+from services.cli import batch, bench, chat, models, resources, size, usage
 from services.cli.client import CliError
 from services.cli.output import print_error
 from shared.settings import SettingsError
@@ -23,6 +23,9 @@ app.add_typer(models.app, name="models")
 app.add_typer(batch.app, name="batch")
 app.command()(chat.chat)
 app.command()(usage.usage)
+app.command()(size.size)
+app.command()(size.options)
+app.command()(bench.bench)
 
 
 @app.callback()

@@ -50,6 +50,9 @@ class ApiClient:
     def patch(self, path: str, body: Mapping[str, Any], **query: str | None) -> dict[str, Any]:
         return self._json("PATCH", path, query, body)
 
+    def put(self, path: str, body: Mapping[str, Any], **query: str | None) -> dict[str, Any]:
+        return self._json("PUT", path, query, body)
+
     def list(self, path: str, **query: str | None) -> Iterator[dict[str, Any]]:
         """Every item of a list, page after page."""
         cursor: str | None = None

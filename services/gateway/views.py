@@ -39,6 +39,10 @@ _RATE_IN_FORCE = """coalesce(
     {0}.hourly_rate_nanousd) AS rate_in_force_nanousd"""
 
 
+SEEN_BUSY_MS = 600_000
+"""An hour in which GPUs were busy for less than this says little about what they can do."""
+
+
 class Views:
     """What the gateway may read of other services."""
 
@@ -145,11 +149,33 @@ class Views:
             limit,
         )
 
-    async def options(self, model_type: str | None, after: str, limit: int) -> list[asyncpg.Record]:
+    async def options(
+        self, team_id: str, model_type: str | None, after: str, limit: int
+    ) -> list[asyncpg.Record]:
+        """Return options with what one GPU did for the team (or on shared GPUs), and how many are free.
+
+        What a GPU did: requests in a minute of being busy, in the best hour of the last week. Free: by reports of the
+        last seconds; NULL where no node reports, since other launchers know what they have and do not tell.
+        """
         return await self._database.fetch(
-            f"SELECT o.*, {_RATE_IN_FORCE.format('o')} FROM scheduler_api.options_v1 o"
-            " WHERE ($1::text IS NULL OR model_type = $1) AND option_id > $2 ORDER BY option_id LIMIT $3",
+            f"""
+            SELECT o.*, {_RATE_IN_FORCE.format("o")}, (
+                SELECT max(c.requests * 60000.0 / b.busy_ms)::float8
+                FROM scheduler_api.resources_v1 r JOIN billing_api.hour_busy_v1 b USING (resource_id) JOIN LATERAL (
+                    SELECT sum(requests) AS requests FROM billing_api.hour_counts_v1 c
+                    WHERE c.resource_id = b.resource_id AND c.hour = b.hour
+                ) c ON true
+                WHERE r.option_id = o.option_id AND (r.team_id = $2 OR r.pool)
+                  AND b.hour > now() - interval '7 days' AND b.busy_ms >= {SEEN_BUSY_MS}
+            ) AS measured_rpm_per_gpu, (
+                SELECT CASE WHEN count(*) > 0 THEN count(*) FILTER (WHERE is_free AND kind = o.device_kind) END
+                FROM scheduler_api.devices_v1 WHERE reported_at > now() - interval '15 seconds'
+            ) AS free_gpus
+            FROM scheduler_api.options_v1 o
+            WHERE ($1::text IS NULL OR model_type = $1) AND option_id > $3 ORDER BY option_id LIMIT $4
+            """,
             model_type,
+            team_id,
             after,
             limit,
         )

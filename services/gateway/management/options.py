@@ -12,7 +12,9 @@ from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
+    TEAM_QUERY,
     ManagementDeps,
+    acting_team,
     answer,
     listing,
     page_of,
@@ -26,6 +28,11 @@ from services.gateway.store import Row
 from shared import messages, topology
 
 TYPE_QUERY: dict[str, Any] = {"model_type": {"type": "string"}}
+LISTED_OPTION = schemas.obj(
+    **schemas.OPTION["properties"],
+    measured_rpm_per_gpu=schemas.OPTIONAL_NUMBER,
+    free_gpus=schemas.OPTIONAL_COUNT,
+)
 
 
 class Options:
@@ -43,8 +50,9 @@ class Options:
                 {201: schemas.OPTION},
             ),
             schemas.route(
-                "GET", "/api/options", self.list_options, MANAGE, "List performance options with their rates",
-                answers={200: schemas.page(schemas.OPTION)}, query=PAGE_QUERY | TYPE_QUERY,
+                "GET", "/api/options", self.list_options, MANAGE,
+                "List performance options with their rates, what one GPU was seen to do, and how many are free",
+                answers={200: schemas.page(LISTED_OPTION)}, query=PAGE_QUERY | TYPE_QUERY | TEAM_QUERY,
             ),
         ]  # fmt: skip
 
@@ -74,10 +82,11 @@ class Options:
         return answer(option_json(row), 201)
 
     async def list_options(self, request: web.Request) -> web.Response:
+        team = await acting_team(request, self._store)
         page = page_of(request)
         model_type = query_of(request).get("model_type")
-        rows = await self._views.options(model_type, page.after, page.limit + 1)
-        return listing(rows, page, option_json, lambda row: row["option_id"])
+        rows = await self._views.options(team.team_id, model_type, page.after, page.limit + 1)
+        return listing(rows, page, listed_option_json, lambda row: row["option_id"])
 
     async def _require_type(self, model_type: str) -> None:
         if not any(row["name"] == model_type for row in await self._registry.model_types()):
@@ -97,4 +106,13 @@ def option_json(row: Row) -> dict[str, Any]:
         "kv_tokens": row["kv_tokens"],
         "hourly_rate_usd": format_usd(row["rate_in_force_nanousd"]),
         "hourly_rate_nanousd": row["rate_in_force_nanousd"],
+    }
+
+
+def listed_option_json(row: Row) -> dict[str, Any]:
+    """Return an option with what is known of its GPUs."""
+    measured = row["measured_rpm_per_gpu"]
+    return option_json(row) | {
+        "measured_rpm_per_gpu": None if measured is None else round(measured, 2),
+        "free_gpus": row["free_gpus"],
     }
