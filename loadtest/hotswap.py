@@ -25,7 +25,7 @@ from loadtest.engine_comparisons import make_ratio_row
 from loadtest.engine_machine import OthersShare, describe_machine
 from loadtest.engine_models import MissingModel, make_tiny_llama, read_smollm2
 from loadtest.hotswap_climb import Climb, Replay, climb
-from loadtest.hotswap_models import FineTunes, ensure_fine_tunes
+from loadtest.hotswap_models import FineTunes, ensure_fine_tunes, read_into_page_cache
 from loadtest.hotswap_sides import PRECISION, HotswapSide
 from loadtest.hotswap_slots import measure_slots
 from loadtest.hotswap_worker import WorkerSide, running_worker
@@ -195,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = make_tiny_llama() if parsed.quick else read_smollm2()
         say("making the fine-tunes and their images, where they are not there yet")
         tunes = ensure_fine_tunes(base, FINE_TUNES, EngineConfig(precision=PRECISION))
+        read_into_page_cache(tunes)
         others = OthersShare()
         rows = uvloop.run(measure(parsed, tunes, say))
     except (MissingModel, SideError) as error:

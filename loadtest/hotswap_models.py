@@ -36,6 +36,7 @@ TINY_NOISE_STD = 3.0
 """Small random models repeat the last token, whatever is changed a little."""
 _COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 IMAGES_LIMIT_BYTES = 1 << 40
+_READ_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,15 @@ def ensure_fine_tunes(
             convert(model.folder, model.image, model.key, config)
     most_bytes = max(model.image.stat().st_size for model in models)
     return FineTunes(home / "store", home / "images", models, most_bytes, base.vocab_size)
+
+
+def read_into_page_cache(tunes: FineTunes) -> None:
+    """Images and folders: afterwards no side waits for the disk, if the memory is enough."""
+    for model in tunes.models:
+        for path in (model.image, _weights_file(model.folder)):
+            with path.open("rb") as file:
+                while file.read(_READ_BYTES):
+                    pass
 
 
 def noisy_norms(weights: dict[str, Bf16], noise_std: float, seed: int) -> dict[str, Bf16]:

@@ -75,7 +75,7 @@ class ModelLoader:
         Raises OSError, ImageDamaged.
         """
         found = open_model_image(path, key, self._config.max_context_tokens)
-        decoder = self._decoder_of(found, _Pace(is_busy).wait)
+        decoder = self._decoder_of(found, Pace(is_busy).wait)
         if ask_canary and found.canary.differs_from(
             sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
         ):
@@ -178,13 +178,17 @@ class ModelLoader:
         return table
 
 
-class _Pace:
-    """Keeps a reader to a share of its time while others need the memory."""
+class Pace:
+    """Keeps a reader to a share of its time while others need the memory. Of one thread.
+
+    Counted is the time that it computes: what it waits for a disk, or for a processor that others have, takes nothing from
+    anybody, and ten times that would be seconds.
+    """
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:
-        self._is_busy, self._since_s = is_busy, time.monotonic()
+        self._is_busy, self._since_s = is_busy, time.thread_time()
 
     def wait(self, _read_bytes: int) -> None:
         if self._is_busy():
-            time.sleep((time.monotonic() - self._since_s) * (1 / _BUSY_SHARE - 1))
-        self._since_s = time.monotonic()
+            time.sleep((time.thread_time() - self._since_s) * (1 / _BUSY_SHARE - 1))
+        self._since_s = time.thread_time()
