@@ -30,6 +30,8 @@ class Purse:
     """Ids of the teams that may spend nothing now."""
     stopped: AbstractSet[tuple[str, str, str]] = frozenset()
     """(team, scope, id in the scope) of budgets that are used up and stop batches."""
+    refused: AbstractSet[tuple[str, str, str]] = frozenset()
+    """Likewise of those that refuse shared GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ def choose_paid_route(
        team's own GPUs too. What is out by then is still done, and charged.
     2. A team's own GPUs are paid by the minute, whatever runs on them.
     3. Tokens without a price can be sold to nobody -> wait for one.
-    4. A team that has nothing left to spend -> wait for credit.
+    4. A team that has nothing left to spend -> wait for credit; one with a budget used up that refuses shared GPUs -> wait
+       for its next period.
     """
     team_id = payer.team_id
     route = choose_line_route(team_id, ppt_fallback, model_type, resources)
@@ -70,6 +73,8 @@ def choose_paid_route(
         return Waiting(f"tokens of the type '{model_type}' have no price for batches yet")
     if team_id in purse.spent_teams:  # 4
         return Waiting("the team has no credit left")
+    if budgets & purse.refused:
+        return Waiting("a budget for shared GPUs is used up")
     return route
 
 

@@ -72,10 +72,16 @@ class Views:
         stopped = await self._database.fetch(
             "SELECT team_id, scope, scope_id FROM billing_api.capped_batches_v1"
         )
+        # What is promised counts as spent: it is what live requests in flight may cost at most.
+        refused = await self._database.fetch(
+            "SELECT team_id, scope, scope_id FROM billing_api.budgets_v1"
+            " WHERE 'refuse_ppt' = ANY(actions) AND posted_nanousd + reserved_nanousd >= limit_nanousd"
+        )
         return Purse(
             frozenset(row[0] for row in priced),
             frozenset(row[0] for row in spent),
             frozenset((row[0], row[1], row[2]) for row in stopped),
+            frozenset((row[0], row[1], row[2]) for row in refused),
         )
 
     async def resources(self) -> list[ResourceView]:

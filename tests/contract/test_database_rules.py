@@ -86,6 +86,7 @@ FOR_BATCH = {
     "billing_api.prices_v1",
     "billing_api.spendable_v1",
     "billing_api.capped_batches_v1",
+    "billing_api.budgets_v1",
     "batch_api.batches_v1",
 }
 """All that the batch service reads of the views that everybody else has."""

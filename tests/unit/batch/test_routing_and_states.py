@@ -77,6 +77,8 @@ def stopped(*budget: str) -> Purse:
         ([POOL], stopped("team_1", "resource", OWN.resource_id), None),
         ([POOL], stopped("team_1", "key", "key_2"), None),
         ([POOL], stopped("team_2", "key", "key_1"), None),
+        ([POOL], Purse({"tiny"}, refused={("team_1", "model", "mod_1")}), "budget for shared GPUs"),
+        ([OWN], Purse({"tiny"}, refused={("team_1", "model", "mod_1")}), None),
     ],
 )
 def test_what_nobody_pays_for_waits(
