@@ -293,10 +293,10 @@ async def test_rounds_beside_intake_miss_nothing(stand: Stand) -> None:
 
 
 async def test_forgetting_requests_leaves_what_was_computed_of_them(stand: Stand) -> None:
-    # Given a request that is old enough to be forgotten, and one that is not
+    # Given two requests that are old enough to be forgotten, and one that is not
     now: datetime = await stand.admin.fetchval("SELECT date_trunc('minute', now(), 'UTC')")
     old, new = now - timedelta(days=29, hours=23), now - timedelta(days=1)
-    for job, at in (("job_old", old), ("job_new", new)):
+    for job, at in (("job_old", old), ("job_old_2", old), ("job_new", new)):
         await stand.record(ended(job, at))
     await MetricsRound(stand.database, 40).once()
     sweep = SweepRound(stand.database, stand.intake, stand.instruments, 29)
@@ -307,10 +307,10 @@ async def test_forgetting_requests_leaves_what_was_computed_of_them(stand: Stand
     await MetricsRound(stand.database, 29).once()
     # Then that minute keeps what it had
     rows = await stand.admin.fetch("SELECT minute, requests FROM billing.minute_counts ORDER BY minute")
-    assert [tuple(row) for row in rows] == [(old, 1), (new, 1)]
+    assert [tuple(row) for row in rows] == [(old, 2), (new, 1)]
     # And minutes are forgotten in their time, hours later
     await MetricsRound(stand.database, 20).once()
-    assert await total(stand, "requests") == 1 and await total(stand, "requests", "hour_counts") == 2
+    assert await total(stand, "requests") == 1 and await total(stand, "requests", "hour_counts") == 3
 
 
 async def test_a_request_marks_every_minute_that_it_had_a_gpu_in(stand: Stand) -> None:
