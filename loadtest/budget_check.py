@@ -23,12 +23,12 @@ from infra.local.scratch import execute
 from loadtest.path import percentile
 from loadtest.report import Row, print_table, write_json
 from loadtest.stack import MODEL_TYPE, Stack, running_stack
-from services.gateway.errors import ApiError
 from shared.broker import Broker
 from shared.budgets.gate import BudgetGate
 from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.ids import new_id
+from shared.inference.errors import ApiError
 from shared.messages import GenerateJob, JobUsage, ModelRef, Outcome
 
 P50_LIMIT_MS = 1.0

@@ -23,7 +23,6 @@ from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.payments.provider import StripeApi
 from services.gateway.payments.webhook import PaymentWebhook
-from services.gateway.principal import ModelView
 from services.gateway.rate_limit import RateLimiter, RateRule
 from services.gateway.route_table import RouteTable
 from services.gateway.settings import GatewaySettings
@@ -38,6 +37,7 @@ from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.file_store import FileStore
 from shared.ids import new_id
+from shared.inference.principal import ModelView
 from shared.inference.tokenizers_pool import TokenizerPool
 from shared.outcomes import Unavailable
 from shared.runtime import Lifetime, run

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.gateway.errors import ApiError
-from services.gateway.principal import Principal
 from services.gateway.rate_limit import Rate, RateLimiter
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 
 BUSY_RETRY_S = 1
 OVERLOADED_RETRY_S = 2

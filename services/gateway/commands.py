@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.gateway.errors import ApiError
 from shared import topology
 from shared.broker import Broker
 from shared.ids import new_id
+from shared.inference.errors import ApiError
 from shared.messages import Command, CommandResult
 from shared.outcomes import PublishRefused, PublishUnknown, Unavailable, Unroutable
 

@@ -23,8 +23,6 @@ from aiohttp.typedefs import Middleware
 from aiohttp.web_protocol import RequestPayloadError
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.gateway.errors import ApiError, bad_request, error_type
-from services.gateway.principal import Principal
 from services.gateway.routes import (
     ANY_KEY,
     PRINCIPAL,
@@ -39,6 +37,8 @@ from services.gateway.routes import (
 from services.gateway.wire import BareError
 from shared import strict_json, telemetry
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request, error_type
+from shared.inference.principal import Principal
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()

@@ -12,11 +12,11 @@ from typing import Any
 import structlog
 
 from services.gateway.children import run_child
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.model_uploads import ModelUploads
 from services.gateway.store import LimitReached
 from services.gateway.upload_table import NewFile, UploadGone
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request
 
 log = structlog.get_logger()
 

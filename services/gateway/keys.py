@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.gateway.errors import ApiError
-from services.gateway.principal import Principal
 from services.gateway.store import NewKey, Store
 from shared.ids import new_id
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()

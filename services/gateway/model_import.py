@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 import structlog
 
 from services.gateway.children import run_child
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.threads import run_to_its_end
+from shared.inference.errors import ApiError, bad_request
 from shared.model_folder import ModelFile, ModelFolderError, ModelManifest, read_child_answer
 
 log = structlog.get_logger()

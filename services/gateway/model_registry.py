@@ -14,10 +14,10 @@ from typing import Any
 
 import asyncpg
 
-from services.gateway.principal import BaseView, ModelView
 from services.gateway.revision_rules import REVISIONS_PER_MODEL, KeptRevision, Room, room_for_another
 from services.gateway.store import LimitReached, NameTaken, Row
 from shared.database import Connection, Database
+from shared.inference.principal import BaseView, ModelView
 
 MODELS_PER_TEAM = 500
 """Every gateway holds all models in memory, and each is a folder on the store's disk."""

@@ -19,11 +19,11 @@ import structlog
 from aiohttp import StreamReader
 from aiohttp.web_protocol import RequestPayloadError
 
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.store import LimitReached
 from services.gateway.threads import run_to_its_end
 from services.gateway.upload_table import NewFile, Superseded, UploadGone, UploadTable
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request
 from shared.model_files import ADAPTER_CONFIG, ModelFolderError, ModelFolderLimits, size_limit
 from shared.outcomes import Unavailable
 

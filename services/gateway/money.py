@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from services.gateway.errors import bad_request
 from shared import usd
+from shared.inference.errors import bad_request
 from shared.usd import MAX_USD, NANO, format_usd, format_usd_per_million
 
 __all__ = ["MAX_USD", "NANO", "format_usd", "format_usd_per_million", "parse_usd", "parse_usd_per_million"]

@@ -14,10 +14,10 @@ from typing import Literal
 
 import structlog
 
-from services.gateway.errors import ApiError, must_not_retry
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
+from shared.inference.errors import ApiError, must_not_retry
 from shared.messages import (
     CommandResult,
     Drop,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from services.gateway.errors import ApiError, must_not_retry
-from services.gateway.principal import ModelView, Principal, Route
+from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.principal import ModelView, Principal, Route
 
 
 @dataclass(frozen=True, slots=True)

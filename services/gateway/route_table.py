@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 import structlog
 
-from services.gateway.errors import ApiError
 from services.gateway.model_registry import ModelRegistry
 from services.gateway.paying import Purse, payment_refusal
-from services.gateway.principal import ModelView, Principal, ResourceView, Route
 from services.gateway.routing import choose_route
 from services.gateway.views import Views
+from shared.inference.errors import ApiError
+from shared.inference.principal import ModelView, Principal, ResourceView, Route
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()

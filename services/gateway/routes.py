@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from aiohttp import web
 
-from services.gateway.principal import Principal
+from shared.inference.principal import Principal
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ErrorShape = Literal["openai", "problem", "vendor"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from services.gateway.errors import ApiError, must_not_retry
-from services.gateway.principal import ModelView, Principal, ResourceView, Route
+from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.principal import ModelView, Principal, ResourceView, Route
 
 HOLD_S = 20.0
 """A request waits in the queue for a start that should be over by then; below every client's usual time-out."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import asyncpg
 
-from services.gateway.principal import Principal
 from shared.database import Database
+from shared.inference.principal import Principal
 
 KEYS_PER_TEAM = 50
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import asyncpg
 
 from services.gateway.paying import Purse
-from services.gateway.principal import ResourceView
 from shared.database import Database
+from shared.inference.principal import ResourceView
 from shared.outcomes import Unavailable
 
 GroupBy = Literal["day", "model", "key", "resource"]

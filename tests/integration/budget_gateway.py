@@ -12,12 +12,12 @@ import sys
 import time
 from contextlib import AsyncExitStack
 
-from services.gateway.errors import ApiError
 from shared.broker import Broker
 from shared.budgets.gate import BudgetGate, Reservation
 from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.ids import new_id
+from shared.inference.errors import ApiError
 from shared.messages import GenerateJob, JobUsage, ModelRef
 
 PROMPT_TOKENS, MAX_TOKENS = 10, 20

@@ -15,11 +15,11 @@ from services.billing.commands import ACTIONS
 from services.billing.credit import Standing, load_standing
 from services.billing.credit_round import CreditRound
 from services.billing.spendable import WITHOUT_TERMS, Terms, spendable_nanousd
-from services.gateway.errors import ApiError
-from services.gateway.principal import Principal
 from shared import topology
 from shared.broker import Broker
 from shared.ids import new_id
+from shared.inference.errors import ApiError
+from shared.inference.principal import Principal
 from shared.messages import Command, CommandResult, TurnOffResource
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway

@@ -22,13 +22,13 @@ from services.billing.budget_leases import LeaseHandler, LeaseRound
 from services.billing.commands import ACTIONS
 from services.billing.handlers import EventHandler
 from services.billing.payments_store import PaymentIntake
-from services.gateway.errors import ApiError
 from shared import topology
 from shared.broker import Broker
 from shared.budgets.gate import BudgetGate
 from shared.budgets.slices import DENIED_S
 from shared.budgets.table import BudgetTable
 from shared.database import Database
+from shared.inference.errors import ApiError
 from shared.messages import AskBudget, Command, GenerateJob
 from tests.conftest import Vhost
 from tests.integration.billing_stand import Stand, open_stand, until

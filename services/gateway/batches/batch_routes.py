@@ -11,13 +11,13 @@ from services.gateway.batches.file_routes import FileDeps, page_json, read_limit
 from services.gateway.batches.shapes import BATCH, batch_json, create_batch_schema, list_of, parse_batch
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, must_not_retry
 from services.gateway.management.acting import answer, not_found, path_id, query_of
 from services.gateway.management.idempotency import command_envelope, idempotent
 from services.gateway.routes import INFERENCE, RouteSpec, principal_of
 from services.gateway.store import Store
 from shared import topology
 from shared.inference.batch_output import output_line
+from shared.inference.errors import ApiError, must_not_retry
 from shared.messages import CancelBatch, CommandResult, CreateBatch
 
 PAGE, MAX_PAGE = 20, 100

@@ -15,13 +15,13 @@ from services.gateway.batches.shapes import DELETED, FILE, MAX_KEEP_S, MIN_KEEP_
 from services.gateway.batches.tables import BYTES_PER_TEAM, FILES_PER_TEAM, FileRow, Tables
 from services.gateway.batches.uploads import MAX_FILE_BYTES, MAX_UPLOAD_BYTES, Uploaded, receive
 from services.gateway.commands import CommandCaller, refusal
-from services.gateway.errors import ApiError, bad_request, must_not_retry
 from services.gateway.management.acting import answer, not_found, path_id, query_of
 from services.gateway.management.idempotency import command_envelope
 from services.gateway.routes import INFERENCE, RouteSpec, principal_of
 from shared import topology
 from shared.file_store import FileStore, MissingFile
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request, must_not_retry
 from shared.messages import DeleteBatchFile
 from shared.outcomes import Unavailable
 

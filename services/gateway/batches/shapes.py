@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Literal, cast
 
 from services.gateway.batches.tables import FileRow
-from services.gateway.errors import bad_request
+from shared.inference.errors import bad_request
 from shared.inference.rules import (
     Field,
     IntegerIn,

@@ -13,8 +13,8 @@ from typing import TypeVar
 from aiohttp import BodyPartReader, web
 from aiohttp.web_protocol import RequestPayloadError
 
-from services.gateway.errors import ApiError, bad_request
 from shared.file_store import FileStore
+from shared.inference.errors import ApiError, bad_request
 
 MAX_FILE_BYTES = 200 * 1024 * 1024
 MAX_UPLOAD_BYTES = MAX_FILE_BYTES + 1024 * 1024

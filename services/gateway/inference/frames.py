@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from services.gateway.errors import ApiError
 from services.gateway.owner import TextDelta
+from shared.inference.errors import ApiError
 from shared.inference.responses import (
     Head,
     Spellings,

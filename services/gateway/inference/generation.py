@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from services.gateway.errors import ApiError
 from services.gateway.owner import AbandonReason, Finished, JobEvent
+from shared.inference.errors import ApiError
 from shared.inference.responses import usage_of
 from shared.messages import GenerateJob, JobQueueMessage
 from shared.topology import Queue

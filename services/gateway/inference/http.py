@@ -16,14 +16,12 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError
 from services.gateway.inference import schemas
 from services.gateway.inference.doors import Answer, ChatDoor, CompletionDoor, Door, VendorDoor
 from services.gateway.inference.generation import Generation, JobOwner, Reserved
 from services.gateway.inference.measures import InferenceMetrics, Measure
 from services.gateway.inference.streams import EventStream, StreamTimes, stream_answer
 from services.gateway.owner import Finished
-from services.gateway.principal import ModelView, Principal, Route
 from services.gateway.routes import INFERENCE, RESPONSE_HEADERS, RouteSpec, principal_of, request_id_of
 from shared import telemetry, topology
 from shared.ids import new_id
@@ -42,8 +40,10 @@ from shared.inference.embeddings import (
     embedding_schema,
     parse_embedding,
 )
+from shared.inference.errors import ApiError
 from shared.inference.jobs import JobContext, build_jobs
 from shared.inference.parameters import GenerationRequest
+from shared.inference.principal import ModelView, Principal, Route
 from shared.inference.prompts import ChatMessage, Prompt
 from shared.inference.responses import Choice, Head, Spellings, encode, model_entry, tokens_in
 from shared.messages import JobQueueMessage

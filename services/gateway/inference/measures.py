@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from opentelemetry import trace
 from opentelemetry.metrics import Meter
 
-from services.gateway.principal import ModelView, Principal, Route
 from shared import telemetry
+from shared.inference.principal import ModelView, Principal, Route
 
 
 class InferenceMetrics:

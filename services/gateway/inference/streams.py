@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from services.gateway.errors import ApiError
 from services.gateway.inference.frames import WAITING, Frames
 from services.gateway.inference.generation import Generation
 from services.gateway.inference.measures import Measure
 from services.gateway.owner import Finished, JobEvent
 from shared.inference.checks import refusal_of
+from shared.inference.errors import ApiError
 from shared.inference.responses import Spellings, tokens_in
 
 # Below a transport's low-water mark (16 KiB by default) a write does not wait, so it needs no time-out: a token's usual case.

@@ -15,7 +15,6 @@ from aiohttp import web
 
 from services.gateway.commands import CommandCaller
 from services.gateway.edge import spec_of
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.hub import Hub
 from services.gateway.keys import KeyCache
 from services.gateway.model_import import ModelImporter
@@ -26,6 +25,7 @@ from services.gateway.route_table import RouteTable
 from services.gateway.routes import PLATFORM, principal_of
 from services.gateway.store import Row, Store
 from services.gateway.views import Views
+from shared.inference.errors import ApiError, bad_request
 
 PAGE = 20
 MAX_PAGE = 100

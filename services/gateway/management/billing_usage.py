@@ -8,7 +8,6 @@ from typing import Any, cast
 from aiohttp import web
 
 from services.gateway.billing_views import BillingViews, Bucket, Group
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -29,6 +28,7 @@ from services.gateway.management.usage import RECORDS_KEPT_DAYS
 from services.gateway.money import format_usd
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import Row
+from shared.inference.errors import bad_request
 
 GROUPS = ("team", "key", "model", "resource")
 BUCKETS = ("hour", "day")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from services.gateway.errors import ApiError, bad_request
+from shared.inference.errors import ApiError, bad_request
 from shared.messages import BudgetAction, BudgetScope
 
 T = TypeVar("T")

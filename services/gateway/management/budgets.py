@@ -8,7 +8,6 @@ from aiohttp import web
 
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -31,6 +30,7 @@ from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import Row
 from shared import messages, topology
 from shared.budgets.period import period_end
+from shared.inference.errors import bad_request
 
 
 class Budgets:

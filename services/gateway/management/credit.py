@@ -8,7 +8,6 @@ from aiohttp import web
 
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import TEAM_QUERY, ManagementDeps, acting_team, answer
 from services.gateway.management.bodies import ChangeTerms, GrantCredit, parse
@@ -18,6 +17,7 @@ from services.gateway.paying import insufficient_credit
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec
 from services.gateway.views import Views
 from shared import messages, topology
+from shared.inference.errors import bad_request
 
 
 class Credit:

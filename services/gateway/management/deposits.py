@@ -7,7 +7,6 @@ from typing import Any
 from aiohttp import web
 
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -27,6 +26,7 @@ from services.gateway.payments.stripe_events import NANOUSD_PER_CENT
 from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import Row
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request
 from shared.usd import NANO
 
 MIN_TOP_UP_NANOUSD = NANO

@@ -19,10 +19,10 @@ from aiohttp import web
 
 from services.gateway.commands import CommandCaller
 from services.gateway.edge import read_body
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management.acting import answer
 from services.gateway.routes import Handler, principal_of
 from services.gateway.store import Store
+from shared.inference.errors import ApiError, bad_request
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()

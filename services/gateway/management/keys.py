@@ -8,7 +8,6 @@ from aiohttp import web
 
 from services.gateway import keys
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -26,6 +25,7 @@ from services.gateway.management.bodies import CreateKey, parse
 from services.gateway.management.idempotency import idempotent
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import KEYS_PER_TEAM, LimitReached, Row
+from shared.inference.errors import ApiError, bad_request
 
 
 class Keys:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from services.gateway.errors import bad_request
 from services.gateway.management.acting import read_time, timestamp
 from services.gateway.metric_views import Grain, Window
+from shared.inference.errors import bad_request
 from shared.log_buckets import Counts, counts_of, merge, quantile_ms
 
 Row = Any

@@ -10,7 +10,6 @@ from aiohttp import web
 from msgspec import UNSET
 
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -41,10 +40,11 @@ from services.gateway.model_registry import (
     StaleVersion,
     UnknownRevision,
 )
-from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import LimitReached, NameTaken
 from shared.ids import new_id
+from shared.inference.errors import ApiError, bad_request
+from shared.inference.principal import ModelView
 from shared.model_folder import ModelManifest
 
 

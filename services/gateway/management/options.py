@@ -8,7 +8,6 @@ from aiohttp import web
 
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -26,6 +25,7 @@ from services.gateway.money import format_usd, parse_usd
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec
 from services.gateway.store import Row
 from shared import messages, topology
+from shared.inference.errors import bad_request
 
 TYPE_QUERY: dict[str, Any] = {"model_type": {"type": "string"}}
 LISTED_OPTION = schemas.obj(

@@ -10,7 +10,6 @@ from aiohttp import web
 
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -29,6 +28,7 @@ from services.gateway.money import format_usd, format_usd_per_million, parse_usd
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec
 from services.gateway.store import Row
 from shared import messages, topology
+from shared.inference.errors import bad_request
 
 NEXT_PRICE_DELAY_S = 2.0
 """A later price may not start in the past, and the command takes a moment to arrive."""

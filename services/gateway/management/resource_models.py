@@ -26,10 +26,10 @@ from services.gateway.management.acting import (
 )
 from services.gateway.management.bodies import PinModel, parse
 from services.gateway.management.idempotency import command_envelope, idempotent
-from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import Row
 from shared import messages, topology
+from shared.inference.principal import ModelView
 
 _Wish = messages.PinModel | messages.UnpinModel | messages.PreloadModel
 

@@ -12,7 +12,6 @@ from aiohttp import web
 
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -35,10 +34,11 @@ from services.gateway.management.idempotency import command_envelope, idempotent
 from services.gateway.management.models import base_url, url_and_snippet
 from services.gateway.management.options import option_json
 from services.gateway.management.scaling import bounds_of, command_windows, costs_more, scaling_json
-from services.gateway.principal import ModelView
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec, principal_of
 from services.gateway.store import Row
 from shared import messages, topology
+from shared.inference.errors import ApiError, bad_request
+from shared.inference.principal import ModelView
 
 NEWEST = 2**62
 MOST_ALARMS = 100

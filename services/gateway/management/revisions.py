@@ -8,7 +8,6 @@ from aiohttp import web
 from msgspec import UNSET
 
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     TEAM_QUERY,
@@ -34,10 +33,11 @@ from services.gateway.management.models import (
 from services.gateway.management.sources import Sources
 from services.gateway.model_import import SourceFolder
 from services.gateway.model_registry import BaseGone, ModelGone, NewRevision
-from services.gateway.principal import ModelView
 from services.gateway.revision_rules import REVISIONS_PER_MODEL
 from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import LimitReached, Row
+from shared.inference.errors import ApiError, bad_request
+from shared.inference.principal import ModelView
 from shared.model_folder import ModelManifest
 
 

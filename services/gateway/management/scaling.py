@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from services.gateway.errors import bad_request
 from services.gateway.management import bodies
 from services.gateway.management.acting import timestamp
 from services.gateway.store import Row
 from shared import messages
+from shared.inference.errors import bad_request
 
 
 def bounds_of(body: bodies.SetScaling) -> tuple[int, int]:

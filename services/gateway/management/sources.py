@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 import structlog
 from msgspec import UNSET
 
-from services.gateway.errors import bad_request
 from services.gateway.management.acting import Acting, ManagementDeps
 from services.gateway.management.bodies import ModelSource
 from services.gateway.model_import import SourceFolder
+from shared.inference.errors import bad_request
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()

@@ -7,7 +7,6 @@ from typing import Any
 
 from aiohttp import web
 
-from services.gateway.errors import ApiError, bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -29,6 +28,7 @@ from services.gateway.statement import MONEY_IN, Line, LineKey, lines_of, read_l
 from services.gateway.statement_views import StatementViews
 from services.gateway.store import Row
 from shared.calendar_month import CalendarMonth, read_month
+from shared.inference.errors import ApiError, bad_request
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)

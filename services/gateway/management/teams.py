@@ -6,7 +6,6 @@ from aiohttp import web
 from msgspec import UNSET
 
 from services.gateway.edge import read_json
-from services.gateway.errors import ApiError
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -24,6 +23,7 @@ from services.gateway.management.idempotency import idempotent
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec
 from services.gateway.store import NameTaken
 from shared.ids import new_id
+from shared.inference.errors import ApiError
 
 
 class Teams:

@@ -6,7 +6,6 @@ from typing import Any
 
 from aiohttp import web
 
-from services.gateway.errors import ApiError
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -24,6 +23,7 @@ from services.gateway.management.acting import (
 from services.gateway.management.idempotency import idempotent
 from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.upload_table import Upload
+from shared.inference.errors import ApiError
 
 
 class Uploads:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from services.gateway.errors import bad_request
 from services.gateway.management import schemas
 from services.gateway.management.acting import (
     PAGE_QUERY,
@@ -28,6 +27,7 @@ from services.gateway.money import format_usd
 from services.gateway.routes import MANAGE, RouteSpec
 from services.gateway.store import Row
 from services.gateway.views import GroupBy
+from shared.inference.errors import bad_request
 
 RECORDS_KEPT_DAYS = 30
 """Billing deletes request records after this; sums over a longer time would silently miss what was charged."""

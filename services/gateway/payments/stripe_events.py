@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from services.gateway.errors import ApiError, bad_request
+from shared.inference.errors import ApiError, bad_request
 from shared.messages import PaymentReported
 
 PROVIDER = "stripe"

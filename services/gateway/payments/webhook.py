@@ -14,13 +14,13 @@ import structlog
 from aiohttp import web
 
 from services.gateway.edge import read_body
-from services.gateway.errors import ApiError
 from services.gateway.management import schemas
 from services.gateway.management.acting import answer
 from services.gateway.payments.stripe_events import read_event
 from services.gateway.routes import PUBLIC, RouteSpec
 from services.gateway.store import Store
 from shared.broker import Broker
+from shared.inference.errors import ApiError
 from shared.outcomes import PublishRefused, PublishUnknown, Unavailable, Unroutable
 from shared.stripe_signature import HEADER, signature_refusal
 

@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from services.gateway.errors import ApiError
 from services.gateway.management.metric_series import Sums, point_json, read_window, series_json, steps_of
 from services.gateway.metric_views import Window
+from shared.inference.errors import ApiError
 from shared.log_buckets import bucket_of
 
 NOW = datetime(2026, 11, 28, 12, 34, 56, 789000, tzinfo=UTC)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from services.gateway.paying import Purse, payment_refusal
-from services.gateway.principal import Route
+from shared.inference.principal import Route
 from tests.unit.gateway.test_routing import LIVE, MODEL, POOL, TEAM
 
 PPT, OWN = Route(POOL, "ppt"), Route(LIVE, "resource")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.gateway.errors import ApiError
 from services.gateway.payments.stripe_events import TEAM_KEY, read_event
+from shared.inference.errors import ApiError
 
 OURS = {TEAM_KEY: "team_a"}
 INTENT = {"id": "pi_1", "amount_received": 1999, "currency": "usd", "metadata": OURS}

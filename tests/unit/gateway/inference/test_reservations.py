@@ -9,10 +9,10 @@ from typing import Any
 
 import aiohttp
 
-from services.gateway.errors import ApiError
 from services.gateway.owner import OwnedStream
 from shared.budgets.caps import Cap, refusal_of_cap
 from shared.budgets.gate import Reservation
+from shared.inference.errors import ApiError
 from shared.messages import JobQueueMessage
 from shared.topology import Queue
 from tests.unit.gateway.inference.builders import KEY, FakeOwner, say_hello, serving
