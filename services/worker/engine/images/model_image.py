@@ -20,7 +20,7 @@ from .canary import Canary
 from .image_file import Image, ImageDamaged, open_image, write_image
 
 # Another layout of tensors or of what is kept beside them needs another number: old images are then made anew.
-_LAYOUT = 1
+_LAYOUT = 2
 _PIECES, _PIECE_ENDS = "tokenizer.pieces", "tokenizer.ends"
 
 
