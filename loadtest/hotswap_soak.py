@@ -105,7 +105,7 @@ class SwapSoak:
             for task in background:
                 task.cancel()
             await asyncio.wait(background)
-            self._thread.stop()
+            await self._thread.stop()
         return samples
 
     async def _swap(self, ref: ModelRef) -> None:

@@ -61,9 +61,10 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def stop(self) -> None:
-        """Let the thread end after its current step."""
+    async def stop(self) -> None:
+        """Let the thread end after its current step, whose report still comes: it needs the event loop until then."""
         self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, STEP_LIMIT_S)
 
     def add(self, request: SequenceRequest) -> None:
         """Give a sequence to the engine; a refusal comes by `on_refused`."""

@@ -183,7 +183,7 @@ class Worker:
             await asyncio.sleep(0.05)
         self._reporter.enter("drained")
         await self._reporter.report()
-        self._engine.stop()
+        await self._engine.stop()
         self._drained.set()
 
     async def drained(self) -> None:

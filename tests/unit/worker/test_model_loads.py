@@ -62,7 +62,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Bench]:
     finally:
         making.cancel()
         await asyncio.wait({making})
-        bench.thread.stop()
+        await bench.thread.stop()
 
 
 async def test_the_first_load_is_from_the_folder_and_the_next_from_the_image_made_of_it(
