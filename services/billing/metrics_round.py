@@ -61,7 +61,7 @@ def computable(marked: Iterable[ResourceTime], now: datetime, retention: timedel
     has: computed anew it would lose the others. A request may run for `RUNS_AT_MOST`; with a very short retention
     half of it has to do.
     """
-    oldest = now - retention + min(RUNS_AT_MOST, retention / 2)
+    oldest = now - retention + min(RUNS_AT_MOST, retention // 2)
     return sorted(minute for minute in marked if minute.start >= oldest)
 
 
