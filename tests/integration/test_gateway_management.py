@@ -130,6 +130,10 @@ async def test_a_key_without_a_scope_is_refused_on_every_route(gateway: Gateway)
             assert (reply.status, reply.code) == (403, "insufficient_scope"), spec.path
 
 
+OF_NO_TEAM = ("{version_id}", "{month}")
+"""The platform's prices and rates; a month of one's own."""
+
+
 async def test_another_teams_things_are_as_unknown_ones(gateway: Gateway) -> None:
     mine, theirs = await gateway.make_team("acme"), await gateway.make_team("rival")
     model = await register(gateway, "tiny", key=mine)
@@ -153,6 +157,8 @@ async def test_another_teams_things_are_as_unknown_ones(gateway: Gateway) -> Non
     checked = 0
     for spec in gateway.specs:
         if "{" not in spec.template:
+            continue
+        if any(word in spec.template for word in OF_NO_TEAM):
             continue
         name = next(name for name in ids if "{" + name + "}" in spec.template)
         sent = body if spec.request_schema else None

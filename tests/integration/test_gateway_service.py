@@ -65,6 +65,7 @@ def start(database: str, vhost: Vhost, redis_db: str, folder: Path, **environmen
         "OPS_PORT": str(ops_port),
         "ROUNDHOUSE_ADMIN_KEY": admin_key,
         "ROUNDHOUSE_MODEL_STORE": str(folder / "store"),
+        "ROUNDHOUSE_FILE_STORE": str(folder / "files"),
         "ROUNDHOUSE_MODEL_IMPORT_DIR": str(folder / "import"),
         "DRAIN_TIMEOUT_S": "2",
     }
