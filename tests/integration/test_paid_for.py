@@ -17,15 +17,21 @@ from services.billing.rounds import MinutesRound
 from shared.database import Database
 from shared.messages import UsageEvent
 from tests.conftest import Vhost
-from tests.integration.billing_stand import EPOCH, Stand, insert_interval, job_charges, open_stand
+from tests.integration.billing_stand import (
+    EPOCH,
+    Stand,
+    insert_interval,
+    insert_rate,
+    job_charges,
+    open_stand,
+)
 from tests.integration.fleet import Fleet, running_fleet
 from tests.unit.billing.builders import make_usage, make_void
 
 PROMPT, COMPLETION = 20, 60
 """Nano-USD for a token; 10 prompt and 20 completion tokens are what the builders' facts have."""
-CENT = 10**7
-RATE = 60 * CENT
-"""A cent a minute."""
+A_MINUTE = 10**9
+"""What one costs at the rate of `insert_interval`'s option: a USD."""
 
 
 @pytest.fixture
@@ -131,14 +137,19 @@ async def test_minutes(stand: Stand, intervals: list[dict[str, Any]], minutes: i
     amount = await stand.admin.fetchval(
         "SELECT coalesce(-sum(amount_nanousd), 0)::bigint FROM billing_api.ledger_v1 WHERE account_id = 'team:team_a'"
     )
-    assert amount == minutes * CENT
+    assert amount == minutes * A_MINUTE
 
 
 async def test_a_rate_that_changes_within_the_hour(stand: Stand) -> None:
     """Each rate pays its own minutes; the one in which it changed belongs to the earlier."""
-    await post_minutes(stand, [live(0, 1230, ended=True), live(1230, 3600, rate=2 * RATE)])
+    hour: datetime = await stand.admin.fetchval(
+        "SELECT date_trunc('hour', now(), 'UTC') - interval '2 hours'"
+    )
+    await insert_rate(stand.admin, 60 * A_MINUTE, hour - timedelta(days=1))
+    await insert_rate(stand.admin, 120 * A_MINUTE, hour + timedelta(seconds=1230))
+    await post_minutes(stand, [live(0, 3600)])
     rows = await stand.admin.fetch("SELECT minutes, posted_nanousd FROM billing.minute_charges ORDER BY 1")
-    assert [tuple(row) for row in rows] == [(21, 21 * CENT), (39, 2 * 39 * CENT)]
+    assert [tuple(row) for row in rows] == [(21, 21 * A_MINUTE), (39, 2 * 39 * A_MINUTE)]
 
 
 async def post_minutes(stand: Stand, intervals: list[dict[str, Any]]) -> None:
@@ -148,8 +159,8 @@ async def post_minutes(stand: Stand, intervals: list[dict[str, Any]]) -> None:
     for number, interval in enumerate(intervals):
         start, end = interval.pop("start_s"), interval.pop("end_s")
         await insert_interval(
-            stand.admin, f"inc_{number}", hour + timedelta(seconds=start), hour + timedelta(seconds=end),
-            **({"rate": RATE} | interval),
+            stand.admin, f"inc_{number}", hour + timedelta(seconds=start),
+            hour + timedelta(seconds=end), **interval,
         )  # fmt: skip
     await MinutesRound(stand.database, stand.instruments, 48).once()
 
@@ -196,8 +207,11 @@ async def test_a_start_is_free_and_a_drain_is_paid_to_its_end(
         await fleet.turn_off(resource_id)
         await fleet.until(lambda: state_is("draining"), "it drains")
         before = await interval("proved_until")
-        await asyncio.sleep(2)
-        assert await interval("proved_until") > before
+
+        async def is_proved_further() -> bool:
+            return bool(await interval("proved_until") > before)
+
+        await fleet.until(is_proved_further, "its drain is proved")
         (fleet.behaviour / "busy").unlink()
         await fleet.until(lambda: state_is("off"), "it is off")
         ended = await interval("ended_at")
