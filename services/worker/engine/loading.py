@@ -80,6 +80,8 @@ class ModelLoader:
             sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
         ):
             self.leave(decoder)
+            if self._placement is not None:
+                self._placement.forget(key)
             raise ImageDamaged("the model does not say what it said when its image was made")
         self._set_threads(decoder)
         table = self._byte_tables.get(found.tokenizer_digest)

@@ -64,6 +64,10 @@ class Placement:
                 raise ImageDamaged("what arrived in the slot is not what was written")
             return decoder
 
+    def forget(self, key: str) -> None:
+        """Of an image that turned out to be damaged: the one that is made anew has the same key."""
+        self._host.forget(key)
+
     def leave(self, decoder: Decoder) -> None:
         """Of a decoder that stands in no slot it is a no-op."""
         if isinstance(decoder, CudaDecoder):

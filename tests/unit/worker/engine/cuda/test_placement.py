@@ -167,3 +167,16 @@ def test_a_damaged_image_does_not_stay_in_host_memory(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ImageDamaged):
             host.get("a", open_image(path), ARENA, Copies())
+
+
+def test_an_image_that_is_made_anew_is_read_anew(tmp_path: Path) -> None:
+    """Its key is the damaged one's, which was in host memory."""
+    for seed in (2, 3):
+        save_model(tmp_path / f"model{seed}", tiny_config(), seed=seed)
+    placement, path = Placement(config_of(), CPU), tmp_path / "x.image"
+    convert(tmp_path / "model2", path, "key", config_of())
+    placement.leave(placement.load(open_model_image(path, "key", 64), lambda _: None))
+    convert(tmp_path / "model3", path, "key", config_of())
+    placement.forget("key")
+    found = open_model_image(path, "key", 64)
+    assert torch.equal(placement.load(found, lambda _: None).arena.memory, found.weights[ARENA])
