@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -14,6 +16,12 @@ log = structlog.get_logger()
 
 MOST_WAITING = 1000
 """More models than that of one type get their images when they are next loaded."""
+QUIET_S = 1.0
+BUSY_WAIT_S = 20.0
+"""Each image waits until there was no work for the one, or for the other in all: even a child of low priority takes memory's
+speed from answers, and who starts again after a crash has those of a whole queue to give.
+"""
+_LOOK_S = 0.25
 
 
 class ImageMaker:
@@ -29,14 +37,23 @@ class ImageMaker:
         self._asked.add(key)
         self._waiting.put_nowait((key, ref, folder, weight_bytes))
 
-    async def run(self) -> None:
-        """Make what is asked for, until cancelled."""
+    async def run(self, is_busy: Callable[[], bool]) -> None:
+        """Make what is asked for, until cancelled. is_busy: whether the worker has jobs at the moment."""
         while True:
             key, ref, folder, weight_bytes = await self._waiting.get()
             try:
+                await _quiet(is_busy)
                 await self._store.make(key, folder, weight_bytes)
             except (ImageNotMade, OSError) as error:
                 # The model is served from its folder, slower.
                 log.warning("image_not_made", model_id=ref.model_id, revision=ref.revision, reason=str(error))
             finally:
                 self._asked.discard(key)
+
+
+async def _quiet(is_busy: Callable[[], bool]) -> None:
+    begun_s = busy_s = time.monotonic()
+    while time.monotonic() < min(busy_s + QUIET_S, begun_s + BUSY_WAIT_S):
+        await asyncio.sleep(_LOOK_S)
+        if is_busy():
+            busy_s = time.monotonic()

@@ -23,8 +23,8 @@ class EngineConfig:
     prefill_chunk_tokens: prompts are cut at multiples of it. step_tokens: what one step computes over all models; answers
     take theirs first, prompts the rest. None: one chunk beside a full batch.
     block_tokens: of one block of the pool; kernels know 16 only. kernels: "auto" takes the fastest that can serve a model;
-    "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures at the first model what is best for the C kernels (plain torch
-    then takes one).
+    "torch" and "native" are for comparing them. threads: that compute on a CPU; 0 measures what is best for the C kernels, at the
+    first model and again while models answer (plain torch then takes one).
     steps_ahead: 1 launches a step before the last one's tokens are read, so that a GPU never waits for the host; an answer
     comes one call of `Engine.step` later. None: 1 on a GPU, 0 on a CPU.
     host_image_bytes: of pinned memory for images of models that come and go on a GPU; a CPU maps theirs.
@@ -77,6 +77,7 @@ class SequenceRequest:
     `prior_tokens` included. prior_tokens: already generated before a resume; they are context and are not emitted again.
     echo_logprobs: also score the prompt; the scores come with the first delta. pooling: no answer (`max_tokens` is 0) but
     one vector from the prompt's states after the final norm: their mean, or the last token's. It comes with the only delta.
+    background: it runs in what others leave, and waits within a step when they need the device.
     """
 
     sequence_id: str
@@ -90,6 +91,7 @@ class SequenceRequest:
     prior_tokens: Sequence[int] = ()
     echo_logprobs: bool = False
     pooling: Pooling | None = None
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

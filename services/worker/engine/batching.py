@@ -24,7 +24,8 @@ class SequenceView:
     `Engine.add`; unique. prompt_tokens: the prompt alone. known_tokens: prompt and answer so far.
     unread_tokens: drawn beyond these by a pass whose outcome the host has not read. computed_tokens: of all these, how many
     have keys and values in the pool, or will by passes that were launched. held_tokens: how many its blocks have room for.
-    most_tokens: prompt and longest possible answer. team: whose it is (`SequenceRequest.isolation_key`).
+    most_tokens: prompt and longest possible answer. team: whose it is (`SequenceRequest.isolation_key`). background: it
+    runs in what others leave (`background.py`).
     """
 
     sequence_id: str
@@ -39,6 +40,7 @@ class SequenceView:
     preemptions: int = 0
     unread_tokens: int = 0
     team: str = ""
+    background: bool = False
 
     @property
     def expected_tokens(self) -> int:
@@ -204,8 +206,10 @@ def choose_victim(running: Sequence[SequenceView]) -> str | None:
     """Who gives its blocks back when one is needed and none is free.
 
     1. Sequences pre-empted MOST_PREEMPTIONS times hold all they will ever need: never they.
-    2. The youngest of the rest: it has the least work to lose, and the oldest always gets on.
+    2. Background work before any other; then the youngest: it has the least work to lose, and the oldest always gets on.
     3. None: nobody can give way.
     """
     candidates = [view for view in running if view.preemptions < MOST_PREEMPTIONS]
-    return max(candidates, key=lambda view: view.arrival).sequence_id if candidates else None
+    if not candidates:
+        return None
+    return max(candidates, key=lambda view: (view.background, view.arrival)).sequence_id

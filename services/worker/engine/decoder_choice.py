@@ -46,7 +46,7 @@ def is_placed(spec: DecoderSpec, config: EngineConfig, device: torch.device) -> 
 def describe_kernels(decoder: Decoder, config: EngineConfig, device: torch.device) -> str:
     """What computes a loaded model, for a log: where it is not the fast way on a CPU, with the reason."""
     if isinstance(decoder, NativeDecoder):
-        return f"C, {decoder.threads} threads"
+        return f"C ({decoder.instructions}), {decoder.threads} threads"
     if isinstance(decoder, TorchDecoder) and device.type == "cpu" and config.kernels != "torch":
         return f"torch: {refusal_reason(decoder.spec, config.precision, config.block_tokens)}"
     return type(decoder).__name__

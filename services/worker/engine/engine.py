@@ -7,6 +7,7 @@ others beside it. What to compute is decided in `batching.py`; this file keeps t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
+from .background import StepCost, beside_others
 from .batching import ModelBatch, plan_step
 from .decoder import Decoder, PreparedDecoder, kv_dtype
 from .detokenize import ByteTable
@@ -62,6 +64,7 @@ class Engine:
         self._arrivals = 0
         self._steps = 0
         self._prompt_accounts: dict[str, int] = {}
+        self._step_cost = StepCost()
 
     @property
     def has_work(self) -> bool:
@@ -131,9 +134,12 @@ class Engine:
                 self._models[handle] = model
         return model.info
 
-    def unload_model(self, handle: str) -> None:
+    def unload_model(self, handle: str, *, keep_prefixes: bool = False) -> None:
         """Of a model or an adapter. Raises ValueError while sequences of it live, or adapters on it are loaded, and for an
         unknown handle.
+
+        keep_prefixes: what was computed can be found again when the handle is loaded next, as long as nobody needs the
+        blocks; the caller vouches that it will be the same weights.
         """
         live = [sequence for sequence in self._live() if sequence.model.info.handle == handle]
         if live:
@@ -145,9 +151,16 @@ class Engine:
             model = self._models.pop(handle, None)
             if model is None:
                 raise ValueError(f"model {handle} is not loaded")
-        self._blocks.forget_model(handle)
+        if not keep_prefixes:
+            self._blocks.forget_model(handle)
         if model.adapter is None:
             self._loader.leave(model.decoder)
+
+    def forget_prefixes(self) -> None:
+        """What was computed until now is not found again, for no model: weights that did it are no longer trusted, and
+        adapters may have stood on them.
+        """
+        self._blocks.forget_all()
 
     def add(self, request: SequenceRequest) -> None:
         """Takes the request in; it starts at a later step. Raises EngineRefusal, and then nothing was kept."""
@@ -175,8 +188,12 @@ class Engine:
     def step(self) -> StepReport:
         """One round: starts who fits, then for each model with work one token for each answer and a piece of prompts."""
         self._set_torch_threads()
+        started_s = time.perf_counter()
         with torch.inference_mode():
-            return self._step()
+            report = self._step()
+        if report.decode_tokens and not report.prefill_tokens:
+            self._step_cost.observe(report.decode_tokens, time.perf_counter() - started_s)
+        return report
 
     def _forget_unwanted_passes(self) -> None:
         """In flight are passes of sequences that ended, where none is left: they would keep their model's weights alive."""
@@ -218,7 +235,9 @@ class Engine:
         views = [sequence.view for sequence in self._residents.running.values()]
         chunk_tokens = self.config.prefill_chunk_tokens
         launched: list[LaunchedPass] = []
-        plan = plan_step(views, chunk_tokens, self._step_tokens, self._steps, self._prompt_accounts)
+        others = sum(not view.background and view.is_decoding for view in views)
+        seen = beside_others(views, self._step_cost.room(others), self._steps)
+        plan = plan_step(seen, chunk_tokens, self._step_tokens, self._steps, self._prompt_accounts)
         self._prompt_accounts = plan.accounts
         for batch in plan.batches:
             passes = self._launch(batch)
@@ -333,6 +352,7 @@ class Engine:
                 f"model {model.info.handle} is of another type than those loaded: (layers, kv heads, head size) "
                 f"{model.spec.kv_shape}"
             )
+        self._blocks.forget_all()  # what models that left have computed is of the old pool
         self._pool = KVPool(
             model.spec.kv_shape,
             self._blocks.count,

@@ -17,8 +17,8 @@ from .decoder import activation_dtype
 # Rows below this have no information left; the bound keeps the division finite.
 _SMALLEST_SCALE = 1e-12
 _ABSMAX_INT8 = 127
-# The kernel cuts [-1, 1] into 255 steps.
-_STEPS_PER_UNIT = 127.5
+# The kernel cuts [-1, 1] into 255 steps, or 127 in its reduced range.
+_STEPS_PER_UNIT, _REDUCED_STEPS_PER_UNIT = 127.5, 63.5
 
 
 class Linear(Protocol):
@@ -79,7 +79,8 @@ class Int8Linear:
     """int8 weights with a scale per output channel; activations as two int8 numbers with a scale per row; fp32 in and out.
 
     The kernel takes one activation scale for its whole input, so each row is first divided by its own absolute maximum,
-    and two columns of +1 and -1 against zero weights pin the range: the scale is then 2/255 whatever the rows hold.
+    and two columns of +1 and -1 against zero weights pin the range: the scale is then 2/255 (2/127 without VNNI) whatever
+    the rows hold.
 
     One int8 number per activation is too little where a few channels are large: a second row carries what rounding the
     first left over. SmolLM2-135M, perplexity of one prose text: fp32 58.57, one number 61.25 (and plainly wrong answers),
@@ -102,17 +103,18 @@ class Int8Linear:
         self._bias = None if bias is None else bias.float()
         # Without VNNI the kernel adds pairs of products in 16 bits, which full-range activations overflow.
         self._reduce_range = not torch.cpu._is_vnni_supported()
+        self._steps_per_unit = _REDUCED_STEPS_PER_UNIT if self._reduce_range else _STEPS_PER_UNIT
         self.weight_bytes = outputs * (self._inputs + 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         count = x.shape[0]
         rows = self._scratch.rows(2 * count, self._inputs)
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_min_(_SMALLEST_SCALE)
-        steps = torch.div(x, scale, out=rows[:count, : self._inputs]) * _STEPS_PER_UNIT
-        # At most half a step either way, doubled to fill the range again; so it counts 1/255.
+        steps = torch.div(x, scale, out=rows[:count, : self._inputs]) * self._steps_per_unit
+        # At most half a step either way, doubled to fill the range again; so it counts 1/255 (1/127).
         torch.mul(steps.sub_(steps.round()), 2.0, out=rows[count:, : self._inputs])
         y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduce_range)
-        y = torch.add(y[:count], y[count:], alpha=0.5 / _STEPS_PER_UNIT).mul_(scale)
+        y = torch.add(y[:count], y[count:], alpha=0.5 / self._steps_per_unit).mul_(scale)
         return y if self._bias is None else y.add_(self._bias)
 
 

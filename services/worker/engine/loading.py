@@ -26,7 +26,8 @@ from .module_loading import load_module
 from .native.decoder import NativeDecoder, refusal_reason
 from .sampling import Sampler
 from .spec import DecoderSpec, ModelSpec, NotDescribed, read_configs, spec_from_config
-from .thread_choice import measure_threads
+from .thread_choice import available_cores, candidate_counts, measure_threads
+from .thread_tuner import ThreadTuner
 from .weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 # 325 MB are read in some 15 ms alone, and in 150 ms beside a model that answers.
 _BUSY_SHARE = 0.1
+# A few fill what memory can deliver.
+_MOST_READING_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class ModelLoader:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self._config, self._device = config, device
-        self._measured_threads: int | None = None
+        self._tuner: ThreadTuner | None = None
+        self._tuner_lock = threading.Lock()
         # What `torch.set_num_threads` should say on the thread that steps: torch counts for each thread apart.
         self.torch_threads = 1
         self._placement_lock = threading.Lock()
@@ -75,7 +79,7 @@ class ModelLoader:
         Raises OSError, ImageDamaged.
         """
         found = open_model_image(path, key, self._config.max_context_tokens)
-        decoder = self._decoder_of(found, Pace(is_busy).wait)
+        decoder = self._decoder_of(found, is_busy)
         if ask_canary and found.canary.differs_from(
             sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
         ):
@@ -94,17 +98,22 @@ class ModelLoader:
         if self._placement is not None:
             self._placement.leave(decoder)
 
-    def _decoder_of(self, found: ModelImage, wait: Callable[[int], None]) -> Decoder:
+    def _decoder_of(self, found: ModelImage, is_busy: Callable[[], bool]) -> Decoder:
         """Raises ModelRefusal where this machine has no use for images, ImageDamaged."""
-        config = self._config
+        config, wait = self._config, Pace(is_busy).wait
         if is_placed(found.spec, config, self._device):
             with torch.inference_mode():
                 return self._slots().load(found, wait)
         reason = refusal_reason(found.spec, config.precision, config.block_tokens)
         if self._device.type != "cpu" or reason is not None:
             raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
-        found.image.verify(wait)
+        # While nobody computes, the processors are this load's: its answer is what is waited for.
+        found.image.verify(wait, threads=1 if is_busy() else self._reading_threads())
         return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
+
+    def _reading_threads(self) -> int:
+        chosen = 1 if self._tuner is None else self._tuner.chosen
+        return min(self._config.threads or chosen, _MOST_READING_THREADS)
 
     def _slots(self) -> Placement:
         from .cuda.placement import Placement
@@ -138,15 +147,17 @@ class ModelLoader:
         return replace(base, info=info, adapter=adapter)
 
     def _set_threads(self, decoder: Decoder) -> None:
-        """A measured number is kept for all later models: they share the machine with the first."""
+        """What is measured, and again while they answer, counts for all models: they share the machine with the first."""
         if self._device.type != "cpu":
             return
         if not isinstance(decoder, NativeDecoder):
             self.torch_threads = self._config.threads or 1
         elif self._config.threads == 0:
-            if self._measured_threads is None:
-                self._measured_threads = measure_threads(decoder)
-            decoder.threads = self._measured_threads
+            with self._tuner_lock:
+                if self._tuner is None:
+                    counts = candidate_counts(available_cores())
+                    self._tuner = ThreadTuner(counts, measure_threads(decoder, counts))
+            decoder.threads, decoder.tuner = self._tuner.chosen, self._tuner
 
     def _load_decoder(self, folder: Path) -> Decoder:
         config, generation = read_configs(folder)
@@ -181,16 +192,19 @@ class ModelLoader:
 
 
 class Pace:
-    """Keeps a reader to a share of its time while others need the memory. Of one thread.
+    """Keeps each thread that reads to a share of its time while others need the memory.
 
     Counted is the time that it computes: what it waits for a disk, or for a processor that others have, takes nothing from
     anybody, and ten times that would be seconds.
     """
 
     def __init__(self, is_busy: Callable[[], bool]) -> None:
-        self._is_busy, self._since_s = is_busy, time.thread_time()
+        self._is_busy, self._own = is_busy, threading.local()
+        self._own.since_s = time.thread_time()
 
     def wait(self, _read_bytes: int) -> None:
-        if self._is_busy():
-            time.sleep((time.thread_time() - self._since_s) * (1 / _BUSY_SHARE - 1))
-        self._since_s = time.thread_time()
+        """A thread's first call but the maker's counts nothing: what it computed before was not said."""
+        since_s: float | None = getattr(self._own, "since_s", None)
+        if since_s is not None and self._is_busy():
+            time.sleep((time.thread_time() - since_s) * (1 / _BUSY_SHARE - 1))
+        self._own.since_s = time.thread_time()

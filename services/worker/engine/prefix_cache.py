@@ -15,10 +15,13 @@ from collections.abc import Sequence
 _DIGEST_BYTES = 32
 
 
-def prefix_seed(isolation_key: str, model: str, adapter: str | None) -> bytes:
-    """What keys and values depend on beside the tokens, and who may see them. None: the base model itself."""
+def prefix_seed(isolation_key: str, model: str, adapter: str | None, kernels: str) -> bytes:
+    """What keys and values depend on beside the tokens, and who may see them. None: the base model itself.
+
+    kernels: they outlive the model on the device, and other kernels may lay out a block in another way.
+    """
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for part in (isolation_key, model, "" if adapter is None else f"adapter {adapter}"):
+    for part in (isolation_key, model, "" if adapter is None else f"adapter {adapter}", kernels):
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.digest()
@@ -157,7 +160,10 @@ class BlockAllocator:
             entry = self._name_of[block]
             if entry is not None:
                 model, name = entry
-                del self._by_name[model][name]
+                by_name = self._by_name[model]
+                del by_name[name]
+                if not by_name:
+                    del self._by_name[model]
                 self._name_of[block] = None
                 if not self._holders[block]:
                     del self._remembered[block]
@@ -165,7 +171,10 @@ class BlockAllocator:
 
     def forget_model(self, model: str) -> None:
         self.forget(list(self._by_name.get(model, {}).values()))
-        self._by_name.pop(model, None)
+
+    def forget_all(self) -> None:
+        for model in list(self._by_name):
+            self.forget_model(model)
 
     def drain_uncleared(self) -> list[int]:
         """Blocks taken since the last call that may hold what their former holder wrote: to be cleared before use."""

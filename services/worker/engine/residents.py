@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import islice
 
 from .batching import FoundPrefix, choose_admission, choose_victim, waits_for_prefix
 from .prefix_cache import BlockAllocator, ComingNames
@@ -16,6 +15,8 @@ class Residents:
     def __init__(self, blocks: BlockAllocator, block_tokens: int, max_batch: int) -> None:
         self._blocks, self._block_tokens, self._max_batch = blocks, block_tokens, max_batch
         self._coming = ComingNames()
+        self._coming_soon = ComingNames()
+        """Those that no background work computes: nobody else waits for what itself waits for others."""
         self.running: dict[str, LiveSequence] = {}
         self.waiting: OrderedDict[str, LiveSequence] = OrderedDict()
 
@@ -25,16 +26,18 @@ class Residents:
     def admit(self) -> None:
         """Starts who may start; what others of the same team computed before counts as computed.
 
-        A place is kept for who waits for another's prefix.
+        A place is kept for who waits for another's prefix. Background work is behind all others.
         """
         places = self._max_batch - len(self.running)
         kept = 0
-        for sequence in list(islice(self.waiting.values(), places)):
+        in_order = sorted(self.waiting.values(), key=lambda each: each.view.background)
+        for sequence in in_order[:places]:
             full = sequence.reusable_tokens // self._block_tokens
             names = sequence.names.first(full, sequence.known)
             found = self._blocks.find(sequence.view.model, names)
             left = names[len(found) :]
-            if waits_for_prefix(len(left), self._coming.count_first(left)):
+            coming = self._coming if sequence.view.background else self._coming_soon
+            if waits_for_prefix(len(left), coming.count_first(left)):
                 kept += 1
                 continue
             wanted = choose_admission(
@@ -51,6 +54,8 @@ class Residents:
             self._start(sequence, found, wanted)
             sequence.announced = left
             self._coming.announce(left)
+            if not sequence.view.background:
+                self._coming_soon.announce(left)
 
     def make_room(self) -> None:
         """Each sequence gets the block its next token needs, the oldest first; the youngest may have to go."""
@@ -133,6 +138,8 @@ class Residents:
     def _withdraw(self, sequence: LiveSequence) -> None:
         if sequence.announced:
             self._coming.withdraw(sequence.announced)
+            if not sequence.view.background:
+                self._coming_soon.withdraw(sequence.announced)
             sequence.announced = []
 
     def _release(self, sequence: LiveSequence) -> None:

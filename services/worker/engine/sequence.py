@@ -148,6 +148,7 @@ def make_sequence(
             most_tokens=len(prompt) + request.max_tokens,
             known_tokens=len(prompt),
             team=request.isolation_key,
+            background=request.background,
         ),
         names=PrefixNames(_prefix_seed(request.isolation_key, model), block_tokens),
     )
@@ -161,4 +162,5 @@ def make_sequence(
 
 def _prefix_seed(isolation_key: str, model: LoadedModel) -> bytes:
     handle = model.info.handle
-    return prefix_seed(isolation_key, model.base, adapter=None if handle == model.base else handle)
+    adapter = None if handle == model.base else handle
+    return prefix_seed(isolation_key, model.base, adapter, model.info.kernels)

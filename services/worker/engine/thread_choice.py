@@ -1,10 +1,10 @@
-"""How many threads compute on a CPU: measured once, where nobody said it. Beside other busy processes one is best."""
+"""How many threads compute on a CPU: what there is to choose from, and a first measurement, where nobody said it."""
 
 from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -13,32 +13,16 @@ import torch
 from .kv_cache import KVPool
 from .native.decoder import NativeDecoder
 from .packing import PackedTokens, Span
+from .thread_tuner import choose_threads
 
 # Pairs of passes for each number: some 50 ms in all for a small model. A large one is measured less often, not for longer.
 _ROUNDS = 7
 _MOST_SECONDS = 3.0
-# More threads must bring at least this much: what they bring less than that, they cost those who share the machine.
-_LEAST_GAIN = 1.25
 _MOST_THREADS = 64
 
 
-def choose_threads(seconds: Mapping[int, float]) -> int:
-    """seconds: of one pass, by number of threads. Pure.
-
-    1. From the fewest upward, the next number is taken while it is at least _LEAST_GAIN times as fast as the last taken.
-    2. A number that brings too little is passed over: the one after it may still.
-    """
-    counts = sorted(seconds)
-    chosen = counts[0]
-    for count in counts[1:]:
-        if seconds[chosen] / seconds[count] >= _LEAST_GAIN:
-            chosen = count
-    return chosen
-
-
-def measure_threads(decoder: NativeDecoder) -> int:
-    """Decodes one token again and again, by 1, 2, 4, ... threads in turn, in a pool of its own."""
-    counts = candidate_counts(available_cores())
+def measure_threads(decoder: NativeDecoder, counts: Sequence[int]) -> int:
+    """Decodes one token again and again, by each number of threads in turn, in a pool of its own."""
     if len(counts) == 1:
         return counts[0]
     pool = KVPool(decoder.spec.kv_shape, 1, decoder.kv_dtype, torch.device("cpu"))

@@ -13,6 +13,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,19 +52,33 @@ class Image:
     chunk_bytes: int
     algorithm: str
 
-    def verify(self, after_chunk: Callable[[int], None] = lambda _: None) -> None:
+    def verify(self, after_chunk: Callable[[int], None] = lambda _: None, *, threads: int = 1) -> None:
         """Reads all of it, at the speed of memory where it is in the page cache. Raises ImageDamaged.
 
-        after_chunk: called with the bytes just read, so that a caller can leave memory to others in between.
+        after_chunk: called with the bytes just read, so that a caller can leave memory to others in between; on the thread
+        that read them. threads: that read at once, this one among them.
         """
         digest, data = DIGESTS[self.algorithm], memoryview(self.body.numpy())
-        for number, expected in enumerate(self.chunk_digests):
-            chunk = data[number * self.chunk_bytes : (number + 1) * self.chunk_bytes]
-            if digest(chunk) != expected:
-                raise ImageDamaged(
-                    f"chunk {number} of {len(self.chunk_digests)} differs from what was written"
-                )
-            after_chunk(len(chunk))
+        left = iter(range(len(self.chunk_digests)))
+
+        def read() -> None:
+            for number in left:  # each number goes to one thread
+                chunk = data[number * self.chunk_bytes : (number + 1) * self.chunk_bytes]
+                if digest(chunk) != self.chunk_digests[number]:
+                    raise ImageDamaged(
+                        f"chunk {number} of {len(self.chunk_digests)} differs from what was written"
+                    )
+                after_chunk(len(chunk))
+
+        helpers = min(threads, len(self.chunk_digests)) - 1
+        if helpers < 1:
+            read()
+            return
+        with ThreadPoolExecutor(helpers, thread_name_prefix="verify") as pool:
+            reading = [pool.submit(read) for _ in range(helpers)]
+            read()
+            for each in reading:
+                each.result()
 
 
 def write_image(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> int:

@@ -10,10 +10,15 @@
 
 #include "kernels.h"
 
-/* Query heads that share a key head are worked off so many at a time. */
+/* Query heads that share a key head are worked off so many at a time, and channels of the output held in registers at once,
+ * in vectors of 16. */
+#ifdef __AVX512F__
 #define MOST_HEADS 4
-/* Channels of the output held in registers at once, in vectors of 16. */
 #define CHANNEL_VECTORS 4
+#else
+#define MOST_HEADS 2
+#define CHANNEL_VECTORS 2
+#endif
 
 static size_t kv_bytes(const rh_decoder *decoder) { return decoder->kv_kind == RH_FP32 ? 4 : 2; }
 
@@ -74,17 +79,12 @@ void rh_place_row(const rh_decoder *decoder, const rh_pass *pass, int layer, int
 }
 
 /* 32 numbers as pairs: the first of each pair, and the second. */
-RH_INLINE void load_pairs(const int is_fp32, const char *at, __m512 *first, __m512 *second) {
+RH_INLINE void load_pairs(const int is_fp32, const char *at, rh_vec *first, rh_vec *second) {
     if (is_fp32) {
-        const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-        __m512 a = _mm512_loadu_ps(at), b = _mm512_loadu_ps(at + 64);
-        *first = _mm512_permutex2var_ps(a, evens, b);
-        *second = _mm512_permutex2var_ps(a, odds, b);
+        v_unzip((const float *)at, first, second);
     } else {
-        __m512i pairs = _mm512_loadu_si512(at);
-        *first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-        *second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000u)));
+        *first = v_even_bf16((const uint16_t *)at);
+        *second = v_odd_bf16((const uint16_t *)at);
     }
 }
 
@@ -92,37 +92,36 @@ RH_INLINE void load_pairs(const int is_fp32, const char *at, __m512 *first, __m5
  * meanwhile: blocks lie anywhere, so the processor does not guess them. */
 RH_INLINE void score_block(const int is_fp32, const int heads, const char *keys, const char *next, const float *queries,
                            int head_dim, float *scores, size_t stride) {
-    __m512 first_sums[MOST_HEADS], second_sums[MOST_HEADS];
-    RH_UNROLL for (int h = 0; h < heads; h++) first_sums[h] = second_sums[h] = _mm512_setzero_ps();
+    rh_vec first_sums[MOST_HEADS], second_sums[MOST_HEADS];
+    RH_UNROLL for (int h = 0; h < heads; h++) first_sums[h] = second_sums[h] = v_zero();
     for (int pair = 0; pair < head_dim / 2; pair++) {
-        __m512 first, second;
+        rh_vec first, second;
         const size_t place = (size_t)pair * (is_fp32 ? 128 : 64);
         load_pairs(is_fp32, keys + place, &first, &second);
         _mm_prefetch(next + place, _MM_HINT_T0);
         if (is_fp32) _mm_prefetch(next + place + 64, _MM_HINT_T0);
         RH_UNROLL for (int h = 0; h < heads; h++) {
             const float *query = queries + (size_t)h * head_dim + 2 * pair;
-            first_sums[h] = _mm512_fmadd_ps(first, _mm512_set1_ps(query[0]), first_sums[h]);
-            second_sums[h] = _mm512_fmadd_ps(second, _mm512_set1_ps(query[1]), second_sums[h]);
+            first_sums[h] = v_fma(first, v_set(query[0]), first_sums[h]);
+            second_sums[h] = v_fma(second, v_set(query[1]), second_sums[h]);
         }
     }
     RH_UNROLL for (int h = 0; h < heads; h++)
-        _mm512_storeu_ps(scores + h * stride, _mm512_add_ps(first_sums[h], second_sums[h]));
+        v_store(scores + h * stride, v_add(first_sums[h], second_sums[h]));
 }
 
 /* Turns scores of `tokens` tokens into weights that are not yet divided by their sum, which is returned. */
 static float soften(float *scores, int tokens, int padded) {
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    rh_vec most = v_set(-INFINITY), sum = v_zero();
     for (int t = tokens; t < padded; t++) scores[t] = -INFINITY;
-    for (int t = 0; t < padded; t += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + t));
-    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int t = 0; t < padded; t += 16) most = v_max(most, v_load(scores + t));
+    const rh_vec largest = v_set(v_largest(most));
     for (int t = 0; t < padded; t += 16) {
-        __mmask16 mask = tokens - t >= 16 ? 0xFFFF : (__mmask16)((1u << (tokens - t)) - 1);
-        __m512 weight = _mm512_maskz_mov_ps(mask, rh_exp(_mm512_sub_ps(_mm512_loadu_ps(scores + t), largest)));
-        _mm512_storeu_ps(scores + t, weight);
-        sum = _mm512_add_ps(sum, weight);
+        rh_vec weight = v_keep(v_first(tokens - t), rh_exp(v_sub(v_load(scores + t), largest)));
+        v_store(scores + t, weight);
+        sum = v_add(sum, weight);
     }
-    return _mm512_reduce_add_ps(sum);
+    return v_sum(sum);
 }
 
 /* Adds weight x value over all tokens for `vectors` x 16 channels. */
@@ -130,9 +129,9 @@ RH_INLINE void mix_channels(const int is_fp32, const int heads, const int vector
                             const rh_pass *pass, int layer, int kv_head, const int32_t *table, int tokens, int channel,
                             const float *weights, size_t stride, const float *sums, float *mixed) {
     const int head_dim = decoder->head_dim;
-    __m512 out[MOST_HEADS][CHANNEL_VECTORS];
+    rh_vec out[MOST_HEADS][CHANNEL_VECTORS];
     RH_UNROLL for (int h = 0; h < heads; h++)
-        RH_UNROLL for (int v = 0; v < vectors; v++) out[h][v] = _mm512_setzero_ps();
+        RH_UNROLL for (int v = 0; v < vectors; v++) out[h][v] = v_zero();
     for (int start = 0; start < tokens; start += RH_BLOCK_TOKENS) {
         const char *values = kv_block(decoder, pass, layer, 1, table[start / RH_BLOCK_TOKENS], kv_head);
         const int after = start + RH_BLOCK_TOKENS;
@@ -142,23 +141,23 @@ RH_INLINE void mix_channels(const int is_fp32, const int heads, const int vector
             const size_t place = ((size_t)token * head_dim + 2 * channel) * (is_fp32 ? 4 : 2);
             const int has_second = token + 1 < count;
             RH_UNROLL for (int v = 0; v < vectors; v++) {
-                __m512 first, second;
+                rh_vec first, second;
                 const size_t lines = place + (size_t)v * (is_fp32 ? 128 : 64);
                 load_pairs(is_fp32, values + lines, &first, &second);
                 _mm_prefetch(next + lines, _MM_HINT_T0);
                 if (is_fp32) _mm_prefetch(next + lines + 64, _MM_HINT_T0);
                 RH_UNROLL for (int h = 0; h < heads; h++) {
                     const float *weight = weights + h * stride + start + token;
-                    out[h][v] = _mm512_fmadd_ps(first, _mm512_set1_ps(weight[0]), out[h][v]);
-                    if (has_second) out[h][v] = _mm512_fmadd_ps(second, _mm512_set1_ps(weight[1]), out[h][v]);
+                    out[h][v] = v_fma(first, v_set(weight[0]), out[h][v]);
+                    if (has_second) out[h][v] = v_fma(second, v_set(weight[1]), out[h][v]);
                 }
             }
         }
     }
     RH_UNROLL for (int h = 0; h < heads; h++) {
-        const __m512 share = _mm512_set1_ps(1.0f / sums[h]);
+        const rh_vec share = v_set(1.0f / sums[h]);
         RH_UNROLL for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(mixed + (size_t)h * head_dim + channel + 16 * v, _mm512_mul_ps(out[h][v], share));
+            v_store(mixed + (size_t)h * head_dim + channel + 16 * v, v_mul(out[h][v], share));
     }
 }
 
@@ -206,7 +205,12 @@ void rh_attend(const rh_decoder *decoder, const rh_pass *pass, int layer, int ro
     for (int done = 0; done < group; done += MOST_HEADS) {
         const int head = kv_head * group + done;
         switch (group - done < MOST_HEADS ? group - done : MOST_HEADS) {
-            HEADS(1) HEADS(2) HEADS(3) HEADS(4)
+            HEADS(1)
+            HEADS(2)
+#if MOST_HEADS == 4
+            HEADS(3)
+            HEADS(4)
+#endif
         }
     }
 }

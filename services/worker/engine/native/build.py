@@ -1,10 +1,10 @@
-"""Compiles the C files of this folder once for this machine's processor, and loads them.
+"""Compiles the C files of this folder, once for each kind of processor they know, and loads the best that this one can run.
 
     python services/worker/engine/native/build.py
 
-Set-up runs that, so that no worker waits for a compiler; it needs no package. The library lies in `_build/`, named by what it was made from:
-sources and flags. A machine without a compiler or without AVX-512 VNNI has no library; the engine then computes
-with torch alone, slower, and `reason` says why.
+Set-up runs that, so that no worker waits for a compiler; it needs no package. The libraries lie in `_build/`, named by what they were
+made from: sources and flags. A machine without a compiler or without AVX2 has none; the engine then computes with
+torch alone, slower, and `reason` says why.
 """
 
 from __future__ import annotations
@@ -23,43 +23,78 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _BUILD = _HERE / "_build"
-_FLAGS = (
-    *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
-    "-mprefer-vector-width=512",
-)
-_NEEDED_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma"})
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 _COMPILE_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """flags: the compiler's. cpu_flags: what the processor must have, as /proc/cpuinfo calls it."""
+
+    name: str
+    flags: tuple[str, ...]
+    cpu_flags: frozenset[str]
+
+
+AVX512 = Build(
+    "AVX-512",
+    (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512vnni",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ),
+    frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma"}),
+)
+AVX2 = Build("AVX2", ("-mavx2", "-mfma"), frozenset({"avx2", "fma"}))
+BUILDS = (AVX512, AVX2)
+"""The best first."""
+
+
+@dataclass(frozen=True, slots=True)
 class NativeLibrary:
-    """library: None where there is none, and `reason` says why."""
+    """library: None where there is none, and `reason` says why. build: which it is; the least that there would be."""
 
     library: ctypes.CDLL | None
     reason: str
+    build: Build
 
 
 @functools.cache
 def load_library() -> NativeLibrary:
-    """Compiles if that was not done yet (some seconds); once for each process. Never raises for a machine's lacks."""
-    missing = _NEEDED_CPU_FLAGS - _cpu_flags()
-    if missing:
-        return NativeLibrary(None, f"this processor lacks {', '.join(sorted(missing))}")
+    """The best build for this processor; compiles it if that was not done yet (some seconds). Once for each process.
+
+    Never raises for a machine's lacks.
+    """
+    return load_build(next((build for build in BUILDS if not missing_flags(build)), BUILDS[-1]))
+
+
+def missing_flags(build: Build) -> list[str]:
+    """What the build needs and this processor lacks."""
+    return sorted(build.cpu_flags - _cpu_flags())
+
+
+def load_build(build: Build) -> NativeLibrary:
+    """As `load_library`, one build, each time anew."""
+    if missing := missing_flags(build):
+        return NativeLibrary(None, f"this processor lacks {', '.join(missing)}", build)
     try:
-        compiler, path = find_compiler(), _library_path()
+        compiler, path = find_compiler(), _library_path(build)
         if not path.exists():
             if compiler is None:
-                return NativeLibrary(None, "no C compiler (cc) was found")
-            _compile(compiler, path)
+                return NativeLibrary(None, "no C compiler (cc) was found", build)
+            _compile(compiler, build, path)
         from .bindings import declare
 
         library = ctypes.CDLL(str(path))
         declare(library)
-        return NativeLibrary(library, "")
+        return NativeLibrary(library, "", build)
     except (OSError, subprocess.SubprocessError) as problem:
         detail = problem.stderr if isinstance(problem, subprocess.CalledProcessError) else problem
-        return NativeLibrary(None, f"the C kernels could not be compiled: {detail}")
+        return NativeLibrary(None, f"the C kernels could not be compiled: {detail}", build)
 
 
 def find_compiler() -> str | None:
@@ -70,19 +105,19 @@ def _sources() -> list[Path]:
     return sorted(_HERE.glob("*.c"))
 
 
-def _library_path() -> Path:
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
-    for path in (*_sources(), _HERE / "kernels.h"):
+def _library_path(build: Build) -> Path:
+    digest = hashlib.sha256(" ".join((*_FLAGS, *build.flags)).encode())
+    for path in (*_sources(), *sorted(_HERE.glob("*.h"))):
         digest.update(path.read_bytes())
-    return _BUILD / f"kernels-{digest.hexdigest()[:16]}.so"
+    return _BUILD / f"kernels-{build.name.lower().replace('-', '')}-{digest.hexdigest()[:16]}.so"
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, build: Build, path: Path) -> None:
     _BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_BUILD) as scratch:
         made = Path(scratch) / path.name
         subprocess.run(
-            [compiler, *_FLAGS, "-o", str(made), *map(str, _sources()), "-lm"],
+            [compiler, *_FLAGS, *build.flags, "-o", str(made), *map(str, _sources()), "-lm"],
             check=True,
             capture_output=True,
             text=True,
@@ -90,8 +125,9 @@ def _compile(compiler: str, path: Path) -> None:
         )
         # Whoever else compiles at the same time makes the same file: the last rename wins, and both are whole.
         os.replace(made, path)
+    wanted = {_library_path(each) for each in BUILDS}
     for old in _BUILD.glob("kernels-*.so"):
-        if old != path:
+        if old not in wanted:
             old.unlink(missing_ok=True)  # of other sources; who has it open keeps it
 
 
@@ -105,18 +141,22 @@ def _cpu_flags() -> frozenset[str]:
 
 def main() -> int:
     """Compiles for whatever machine will run it: an image may be built on another one."""
-    compiler, path = find_compiler(), _library_path()
+    compiler = find_compiler()
     _BUILD.mkdir(exist_ok=True)
-    if path.exists() or platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine() not in ("x86_64", "AMD64"):
         return 0  # other processors have no such instructions: torch serves them
-    if compiler is None:
-        print("no C compiler (cc) was found: the engine will compute with torch alone", file=sys.stderr)
-        return 1
-    try:
-        _compile(compiler, path)
-    except subprocess.CalledProcessError as problem:
-        print(problem.stderr, file=sys.stderr)
-        return 1
+    for build in BUILDS:
+        path = _library_path(build)
+        if path.exists():
+            continue
+        if compiler is None:
+            print("no C compiler (cc) was found: the engine will compute with torch alone", file=sys.stderr)
+            return 1
+        try:
+            _compile(compiler, build, path)
+        except subprocess.CalledProcessError as problem:
+            print(problem.stderr, file=sys.stderr)
+            return 1
     return 0
 
 

@@ -56,12 +56,12 @@ static void take_activations(hand *h, const rh_linear *wide, const rh_linear *li
 }
 
 static float dot(const float *a, const float *b, int size) {
-    __m512 sum = _mm512_setzero_ps();
+    rh_vec sum = v_zero();
     for (int i = 0; i < size; i += 16) {
-        __mmask16 mask = size - i >= 16 ? 0xFFFF : (__mmask16)((1u << (size - i)) - 1);
-        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, a + i), _mm512_maskz_loadu_ps(mask, b + i), sum);
+        rh_mask mask = v_first(size - i);
+        sum = v_fma(v_load_part(mask, a + i), v_load_part(mask, b + i), sum);
     }
-    return _mm512_reduce_add_ps(sum);
+    return v_sum(sum);
 }
 
 /* product: 0 qkv, 1 attention output, 2 MLP in, 3 MLP out. */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..kv_cache import BLOCK_TOKENS, KVPool
 from ..lora import LoraAdapter
 from ..packing import PackedTokens, token_tensor
 from ..spec import DecoderSpec, RopeSpec, alibi_slopes, rotary_frequencies
+from ..thread_tuner import ThreadTuner
 from . import bindings
 from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
@@ -54,13 +56,15 @@ def refusal_reason(spec: DecoderSpec, precision: str, block_tokens: int) -> str 
 class NativeDecoder:
     def __init__(self, spec: DecoderSpec, weights: Tensors, precision: str, threads: int) -> None:
         """weights: as `pack_weights` names them, kept and never written to. `refusal_reason` must have been None."""
-        library = load_library().library
-        assert library is not None, "the caller asks refusal_reason first"
-        self._library = library
+        loaded = load_library()
+        assert loaded.library is not None, "the caller asks refusal_reason first"
+        self._library = loaded.library
+        self.instructions = loaded.build.name
         self.spec = spec
         self.weights = weights
         self.weight_bytes = sum(tensor.nbytes for tensor in weights.values())
         self._kind, self._threads = _KINDS[precision], threads
+        self.tuner: ThreadTuner | None = None  # sets the threads of each pass where there is one
         self.kv_dtype = kv_dtype(precision)
         self._embedding = weights.get("embedding")
         self._position_table = weights.get("position_table")
@@ -84,19 +88,20 @@ class NativeDecoder:
 
     @threads.setter
     def threads(self, threads: int) -> None:
-        if threads != self._threads:
-            self._threads = threads
-            self._scratch = _Scratch(self.spec, self._kind, threads)
+        self._threads = threads
+        self._scratch.allow(threads)
 
     def forward(self, batch: PackedTokens, pool: KVPool) -> torch.Tensor:
         """See `decoder.Decoder`."""
+        if self.tuner is not None:
+            self.threads = self.tuner.next_count()
         tokens = token_tensor(batch, torch.device("cpu"))
         scratch = self._scratch
         scratch.ensure(len(batch.tokens), max(span.start + span.count for span in batch.spans))
         positions, starts, tables = _addressing(batch)
         hidden = self._embed(tokens, positions)
         adapters = adapter_addresses(batch)
-        call = scratch.struct(len(batch.tokens), hidden, has_adapters=adapters is not None)
+        call = scratch.struct(len(batch.tokens), self._threads, hidden, has_adapters=adapters is not None)
         call.adapters = None if adapters is None else adapters.ctypes.data
         call.positions, call.table_starts, call.tables = (
             positions.ctypes.data,
@@ -104,7 +109,10 @@ class NativeDecoder:
             tables.ctypes.data,
         )
         call.pool, call.pool_blocks = address(pool.storage), pool.blocks
+        begin_s = perf_counter()
         self._library.rh_forward(ctypes.byref(self._struct), ctypes.byref(call))
+        if self.tuner is not None:
+            self.tuner.took(len(batch.tokens), perf_counter() - begin_s)
         return hidden
 
     def prepare_adapter(self, adapter: LoraAdapter) -> NativeAdapter:
@@ -120,7 +128,7 @@ class NativeDecoder:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self.spec.vocab_size)
         self._scratch.ensure(len(hidden), 1)
-        call = self._scratch.struct(len(hidden), hidden)
+        call = self._scratch.struct(len(hidden), self._threads, hidden)
         self._library.rh_logits(ctypes.byref(self._struct), ctypes.byref(call), logits.data_ptr())
         return logits
 
@@ -224,6 +232,11 @@ class _Scratch:
         self.widest_row = max(spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_dim)
         self._plain: torch.Tensor | None = None
 
+    def allow(self, threads: int) -> None:
+        """Room for so many threads from the next `ensure` on."""
+        if threads > self._threads:
+            self._threads, self._tokens = threads, 0
+
     def ensure(self, rows: int, tokens: int) -> None:
         """tokens: the longest sequence, whose scores one thread holds."""
         spec = self._spec
@@ -249,11 +262,13 @@ class _Scratch:
             self._row_scratch = torch.empty(self._threads, -(-floats // 16) * 16 + 16)
             self._tokens = grown
 
-    def struct(self, rows: int, hidden: torch.Tensor, has_adapters: bool = False) -> bindings.Pass:
+    def struct(
+        self, rows: int, threads: int, hidden: torch.Tensor, has_adapters: bool = False
+    ) -> bindings.Pass:
         plain = self._plain_rows(rows) if has_adapters and self._kind == Kind.INT8 else None
         return bindings.Pass(
             rows=rows,
-            threads=self._threads,
+            threads=threads,
             hidden=address(hidden),
             between=address(self._between),
             input=bindings.Rows(

@@ -3,15 +3,14 @@
 #ifndef RH_KERNELS_H
 #define RH_KERNELS_H
 
-#include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "vector.h"
 
 #define RH_BLOCK_TOKENS 16 /* tokens of a KV block: one vector of scores */
 #define RH_PANEL 32        /* outputs that a weight panel interleaves: two vectors of sums */
 #define RH_GROUP 32        /* inputs that share an int8 scale, of activations and of weights */
-#define RH_INLINE static inline __attribute__((always_inline))
-#define RH_UNROLL _Pragma("GCC unroll 16")
 
 enum { RH_FP32 = 0, RH_BF16 = 1, RH_INT8 = 2 };
 enum { RH_NORM_RMS = 0, RH_NORM_LAYER = 1 };
@@ -129,7 +128,7 @@ void rh_norm_row(const rh_decoder *decoder, const rh_norm *norm, const float *x,
 void rh_head_norm(float *head, const float *weight, int head_dim, float eps);
 void rh_activate_row(const rh_decoder *decoder, const float *x, float *y);
 void rh_store_row(int kind, const float *x, int true_inputs, int inputs, const rh_rows *rows, int row);
-__m512 rh_exp(__m512 x);
+rh_vec rh_exp(rh_vec x);
 /* attention.c */
 void rh_place_row(const rh_decoder *decoder, const rh_pass *pass, int layer, int row);
 void rh_attend(const rh_decoder *decoder, const rh_pass *pass, int layer, int row, int kv_head, float *scores);

@@ -4,89 +4,86 @@
 
 #include "kernels.h"
 
-RH_INLINE __mmask16 tail(int left) { return left >= 16 ? 0xFFFF : (__mmask16)((1u << left) - 1); }
-
 /* e^x with a relative error below 2 ulp. NaN stays NaN: min and max give back their second operand then. Range reduction by ln 2 in two parts, then a polynomial of degree 6 (Cephes). */
-__m512 rh_exp(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(88.7f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+rh_vec rh_exp(rh_vec x) {
+    x = v_min(v_set(88.7f), v_max(v_set(-104.0f), x));
+    rh_vec n = v_round(v_mul(x, v_set(1.44269504088896341f)));
+    rh_vec r = v_fnma(n, v_set(0.693359375f), x);
+    r = v_fnma(n, v_set(-2.12194440e-4f), r);
+    rh_vec p = v_set(1.9875691500e-4f);
+    p = v_fma(p, r, v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_fma(p, v_mul(r, r), v_add(r, v_set(1.0f)));
+    return v_scale(p, n);
 }
 
-RH_INLINE __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, rh_exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+RH_INLINE rh_vec sigmoid(rh_vec x) {
+    const rh_vec one = v_set(1.0f);
+    return v_div(one, v_add(one, rh_exp(v_sub(v_zero(), x))));
 }
 
 /* 1 - erf(x) for x >= 0 (Press et al., Numerical Recipes, section 6.2, erfcc). Relative error: the formula's 1.2e-7, and what
  * rounding x squared adds, 1e-6 at 3 and 1e-5 at 9. */
-RH_INLINE __m512 complementary_error(__m512 x) {
+RH_INLINE rh_vec complementary_error(rh_vec x) {
     static const float COEFFICIENTS[] = {0.17087277f, -0.82215223f, 1.48851587f,  -1.13520398f, 0.27886807f,
                                          -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f,  -1.26551223f};
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.5f), x, one));
-    __m512 p = _mm512_set1_ps(COEFFICIENTS[0]);
-    for (int i = 1; i < 10; i++) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(COEFFICIENTS[i]));
-    return _mm512_mul_ps(t, rh_exp(_mm512_fnmadd_ps(x, x, p)));
+    const rh_vec one = v_set(1.0f);
+    const rh_vec t = v_div(one, v_fma(v_set(0.5f), x, one));
+    rh_vec p = v_set(COEFFICIENTS[0]);
+    for (int i = 1; i < 10; i++) p = v_fma(p, t, v_set(COEFFICIENTS[i]));
+    return v_mul(t, rh_exp(v_fnma(x, x, p)));
 }
 
-RH_INLINE __m512 activate(int activation, __m512 x) {
-    const __m512 half = _mm512_set1_ps(0.5f);
+RH_INLINE rh_vec activate(int activation, rh_vec x) {
+    const rh_vec half = v_set(0.5f);
     switch (activation) {
     case RH_SILU:
-        return _mm512_mul_ps(x, sigmoid(x));
+        return v_mul(x, sigmoid(x));
     case RH_GELU: {
         /* Phi(x) is half the complementary error of -x: taken so for both signs, small results keep their digits. */
-        __m512 outside = complementary_error(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.70710678118654752f)));
-        __mmask16 is_positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-        __m512 twice_phi = _mm512_mask_sub_ps(outside, is_positive, _mm512_set1_ps(2.0f), outside);
-        return _mm512_mul_ps(_mm512_mul_ps(half, x), twice_phi);
+        rh_vec outside = complementary_error(v_mul(v_abs(x), v_set(0.70710678118654752f)));
+        rh_vec twice_phi = v_choose(x, v_sub(v_set(2.0f), outside), outside);
+        return v_mul(v_mul(half, x), twice_phi);
     }
     case RH_GELU_TANH: {
         /* 0.5 (1 + tanh(u)) is sigmoid(2 u). */
-        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-        __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x);
-        return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(u, _mm512_set1_ps(1.5957691216057308f))));
+        rh_vec cube = v_mul(v_mul(x, x), x);
+        rh_vec u = v_fma(v_set(0.044715f), cube, x);
+        return v_mul(x, sigmoid(v_mul(u, v_set(1.5957691216057308f))));
     }
     default:
-        return _mm512_max_ps(_mm512_setzero_ps(), x); /* in this order NaN stays NaN */
+        return v_max(v_zero(), x); /* in this order NaN stays NaN */
     }
 }
 
 static float sum_of_squares(const float *x, int size, float shift) {
-    __m512 sum = _mm512_setzero_ps(), minus = _mm512_set1_ps(shift);
+    rh_vec sum = v_zero(), minus = v_set(shift);
     for (int i = 0; i < size; i += 16) {
-        __mmask16 mask = tail(size - i);
-        __m512 v = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, x + i), minus);
-        sum = _mm512_fmadd_ps(v, v, sum);
+        rh_mask mask = v_first(size - i);
+        rh_vec v = v_keep(mask, v_sub(v_load_part(mask, x + i), minus));
+        sum = v_fma(v, v, sum);
     }
-    return _mm512_reduce_add_ps(sum);
+    return v_sum(sum);
 }
 
 static float sum_of(const float *x, int size) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail(size - i), x + i));
-    return _mm512_reduce_add_ps(sum);
+    rh_vec sum = v_zero();
+    for (int i = 0; i < size; i += 16) sum = v_add(sum, v_load_part(v_first(size - i), x + i));
+    return v_sum(sum);
 }
 
 static void scale_row(const float *x, int size, float shift, float scale, const float *weight, const float *bias,
                       float *y) {
-    const __m512 minus = _mm512_set1_ps(shift), times = _mm512_set1_ps(scale);
+    const rh_vec minus = v_set(shift), times = v_set(scale);
     for (int i = 0; i < size; i += 16) {
-        __mmask16 mask = tail(size - i);
-        __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), minus), times);
-        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i));
-        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + i));
-        _mm512_mask_storeu_ps(y + i, mask, v);
+        rh_mask mask = v_first(size - i);
+        rh_vec v = v_mul(v_sub(v_load_part(mask, x + i), minus), times);
+        v = v_mul(v, v_load_part(mask, weight + i));
+        if (bias) v = v_add(v, v_load_part(mask, bias + i));
+        v_store_part(y + i, mask, v);
     }
 }
 
@@ -106,10 +103,10 @@ void rh_head_norm(float *head, const float *weight, int head_dim, float eps) {
 void rh_activate_row(const rh_decoder *decoder, const float *x, float *y) {
     const int size = decoder->intermediate_size;
     for (int i = 0; i < size; i += 16) {
-        __mmask16 mask = tail(size - i);
-        __m512 v = activate(decoder->activation, _mm512_maskz_loadu_ps(mask, x + i));
-        if (decoder->is_gated) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, x + size + i));
-        _mm512_mask_storeu_ps(y + i, mask, v);
+        rh_mask mask = v_first(size - i);
+        rh_vec v = activate(decoder->activation, v_load_part(mask, x + i));
+        if (decoder->is_gated) v = v_mul(v, v_load_part(mask, x + size + i));
+        v_store_part(y + i, mask, v);
     }
 }
 
@@ -118,28 +115,28 @@ void rh_activate_row(const rh_decoder *decoder, const float *x, float *y) {
 static void store_int8(const float *x, int true_inputs, int inputs, int8_t *data, float *scales, int32_t *offsets) {
     for (int group = 0; group < inputs / RH_GROUP; group++) {
         const int base = group * RH_GROUP;
-        __m512 v[RH_GROUP / 16];
-        __m512i largest = _mm512_setzero_si512(); /* as integers sizes sort alike, and NaN above all */
+        rh_vec v[RH_GROUP / 16];
+        rh_ints largest = i_zero(); /* as integers sizes sort alike, and NaN above all */
         RH_UNROLL for (int i = 0; i < RH_GROUP / 16; i++) {
             int left = true_inputs - base - 16 * i;
-            v[i] = _mm512_maskz_loadu_ps(left > 0 ? tail(left) : 0, x + base + 16 * i);
-            largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v[i])));
+            v[i] = v_load_part(v_first(left), x + base + 16 * i);
+            largest = i_max(largest, i_bits(v_abs(v[i])));
         }
-        const int32_t bits = _mm512_reduce_max_epi32(largest);
+        const int32_t bits = i_largest(largest);
         float most;
         memcpy(&most, &bits, sizeof most);
         /* Below that 127 / most is no number; what is so small counts as zero. */
         const int is_usual = most > 1e-30f && most < INFINITY;
-        const __mmask16 kept = is_usual ? 0xFFFF : 0;
-        const __m512 steps = _mm512_set1_ps(is_usual ? 127.0f / most : 0.0f);
-        __m512i sum = _mm512_setzero_si512();
+        const rh_mask kept = v_first(is_usual ? RH_LANES : 0);
+        const rh_vec steps = v_set(is_usual ? 127.0f / most : 0.0f);
+        rh_ints sum = i_zero();
         RH_UNROLL for (int i = 0; i < RH_GROUP / 16; i++) {
-            __m512i whole = _mm512_maskz_cvtps_epi32(kept, _mm512_mul_ps(v[i], steps));
-            sum = _mm512_add_epi32(sum, whole);
-            _mm_storeu_si128((__m128i *)(data + base + 16 * i), _mm512_cvtsepi32_epi8(whole));
+            rh_ints whole = i_nearest(kept, v_mul(v[i], steps));
+            sum = i_add(sum, whole);
+            i_store_int8(data + base + 16 * i, whole);
         }
         scales[group] = is_usual ? most / 127.0f : most <= 1e-30f ? 0.0f : NAN;
-        offsets[group] = -128 * _mm512_reduce_add_epi32(sum);
+        offsets[group] = -128 * i_sum(sum);
     }
 }
 

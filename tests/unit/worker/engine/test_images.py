@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,9 @@ def test_what_is_mapped_is_what_was_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.image"], "no part is left"
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("where", ["magic", "length", "header", "first", "middle", "last"])
-def test_one_bit_anywhere_is_found(tmp_path: Path, where: str) -> None:
+def test_one_bit_anywhere_is_found(tmp_path: Path, where: str, threads: int) -> None:
     path = tmp_path / "x.image"
     write_image(path, some_tensors(), {})
     data = bytearray(path.read_bytes())
@@ -91,7 +93,23 @@ def test_one_bit_anywhere_is_found(tmp_path: Path, where: str) -> None:
     path.unlink()
     path.write_bytes(data)
     with pytest.raises(ImageDamaged):
-        open_image(path).verify()
+        open_image(path).verify(threads=threads)
+
+
+def test_threads_read_each_byte_once_between_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.image"
+    write_image(path, some_tensors(), {})
+    image, read = open_image(path), []
+    threads = len(image.chunk_digests)
+    together = threading.Barrier(threads)
+
+    def note(count: int) -> None:
+        read.append((threading.get_ident(), count))
+        together.wait(10)
+
+    image.verify(note, threads=threads)
+    assert sum(count for _, count in read) == image.body.nbytes
+    assert len({thread for thread, _ in read}) == threads > 1
 
 
 @pytest.mark.parametrize("change", [-1, -100_000, 1])

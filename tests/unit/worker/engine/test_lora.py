@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from services.worker.engine import Engine, EngineConfig, EngineRefusal, ModelRefusal, Sampling
+from services.worker.engine import Delta, Engine, EngineConfig, EngineRefusal, ModelRefusal, Sampling
 from services.worker.engine.batching import SequenceView, plan_step
 from services.worker.engine.images.convert import convert
 from services.worker.engine.images.model_image import image_key
@@ -224,6 +224,31 @@ def test_an_adapter_replaced_under_its_handle_answers_with_the_new_weights(
         answer = answers_of(engine, ["a"], prompt)["a 0"]
         assert answer.tokens == oracle_greedy(adapters.oracles[name], prompt, ANSWER_TOKENS)
         engine.unload_model("a")
+
+
+def test_what_an_adapter_has_computed_is_found_when_it_and_its_base_are_back(
+    tiny: TinyModel, adapters: Adapters
+) -> None:
+    def cached(handle: str) -> int:
+        engine.add(make_request("s", prompt, 1, model=handle))
+        return max(delta.cached_prompt_tokens for delta in drain(engine))
+
+    engine, prompt = make_engine(tiny.folder), prompt_of(40)
+    engine.load_adapter("a", "m", adapters.folders["wide"])
+    assert cached("a") == 0
+    for handle in ("a", "m"):
+        engine.unload_model(handle, keep_prefixes=True)
+    engine.load_model("m", tiny.folder)
+    assert cached("m") == 0, "the base alone is another model"
+    engine.load_adapter("a", "m", adapters.folders["wide"])
+    assert cached("a") == 32
+
+
+def drain(engine: Engine) -> list[Delta]:
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step().deltas
+    return deltas
 
 
 def test_handles_are_taken_and_given_back_in_order(tiny: TinyModel, adapters: Adapters) -> None:

@@ -18,6 +18,7 @@ from services.worker.engine.decoder_choice import describe_kernels, make_decoder
 from services.worker.engine.decoder_weights import LayerWeights, LinearWeights, NormWeights
 from services.worker.engine.kv_cache import KVPool
 from services.worker.engine.native import bindings, build
+from services.worker.engine.native import decoder as native_decoder
 from services.worker.engine.native.bindings import Kind, address
 from services.worker.engine.native.decoder import NativeDecoder
 from services.worker.engine.native.panels import GROUP, pack_linear, padded
@@ -26,10 +27,19 @@ from services.worker.engine.spec import DecoderSpec, RopeSpec
 from services.worker.engine.torch_decoder import TorchDecoder
 from tests.unit.worker.engine.builders import make_engine, save_model, tiny_config
 
-LIBRARY = build.load_library()
-needs_kernels = pytest.mark.skipif(LIBRARY.library is None, reason=LIBRARY.reason or "kernels are there")
+needs_kernels = pytest.mark.usefixtures("library")
 CPU = torch.device("cpu")
 KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+@pytest.fixture(params=build.BUILDS, ids=lambda each: str(each.name))
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> build.NativeLibrary:
+    """Each build that this processor can run: decoders of the test compute with it."""
+    found = build.load_build(request.param)
+    if found.library is None:
+        pytest.skip(found.reason)
+    monkeypatch.setattr(native_decoder, "load_library", lambda: found)
+    return found
 
 
 def make_spec(**changes: Any) -> DecoderSpec:
@@ -294,9 +304,10 @@ def test_lower_precisions_are_close_to_fp32(precision: str, tolerance: float) ->
     assert ((rough - exact).norm() / exact.norm()).item() == pytest.approx(0, abs=tolerance)
 
 
-@needs_kernels
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
-def test_activations_equal_torch_over_their_whole_range(activation: str) -> None:
+def test_activations_equal_torch_over_their_whole_range(
+    activation: str, library: build.NativeLibrary
+) -> None:
     """The MLP's first product is made to hand on its input: wide numbers, small ones, zero, both signs."""
     spec = make_spec(activation=activation, is_gated=False, intermediate_size=72, layers=1, qk_norm=False)
     ours, reference = native(spec), TorchDecoder(spec, RandomWeights(spec), "fp32", CPU)
@@ -304,11 +315,11 @@ def test_activations_equal_torch_over_their_whole_range(activation: str) -> None
     wide = torch.cat((scale, -scale)).expand(-1, 72).contiguous()
     row = torch.empty(72)
     struct = ours._struct
-    library = LIBRARY.library
-    assert library is not None
-    library.rh_activate_row.argtypes = (ctypes.POINTER(bindings.Decoder), ctypes.c_void_p, ctypes.c_void_p)
+    assert library.library is not None
+    activate = library.library.rh_activate_row
+    activate.argtypes = (ctypes.POINTER(bindings.Decoder), ctypes.c_void_p, ctypes.c_void_p)
     for values in wide:
-        library.rh_activate_row(ctypes.byref(struct), address(values), address(row))
+        activate(ctypes.byref(struct), address(values), address(row))
         assert torch.allclose(row, reference._activation(values), rtol=1e-5, atol=3e-7)
 
 
@@ -339,19 +350,19 @@ def test_all_zero_weights_and_inputs_stay_zero_in_int8() -> None:
     assert (packed == 128).all()
 
 
-@needs_kernels
-def test_structs_of_another_size_are_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structs_of_another_size_are_refused_at_load(
+    library: build.NativeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Longer(ctypes.Structure):
         _fields_ = [*bindings.Pass._fields_, ("more", ctypes.c_int64)]
 
-    library = LIBRARY.library
-    assert library is not None
-    bindings.declare(library)
+    assert library.library is not None
+    bindings.declare(library.library)
     monkeypatch.setattr(bindings, "Pass", Longer)
     with pytest.raises(OSError, match="files changed"):
-        bindings.declare(library)
+        bindings.declare(library.library)
     monkeypatch.undo()
-    bindings.declare(library)
+    bindings.declare(library.library)
 
 
 @pytest.mark.parametrize(
@@ -382,15 +393,15 @@ def test_a_machine_without_compiler_or_instructions_says_so(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     build.load_library.cache_clear()
     try:
-        monkeypatch.setattr(build, "_cpu_flags", lambda: build._NEEDED_CPU_FLAGS)
+        monkeypatch.setattr(build, "_cpu_flags", lambda: build.AVX2.cpu_flags)
         assert "no C compiler" in build.load_library().reason
         build.load_library.cache_clear()
-        monkeypatch.setattr(build, "_cpu_flags", lambda: build._NEEDED_CPU_FLAGS - {"avx512_vnni"})
-        assert build.load_library().reason == "this processor lacks avx512_vnni"
+        monkeypatch.setattr(build, "_cpu_flags", lambda: build.AVX2.cpu_flags - {"avx2"})
+        assert build.load_library().reason == "this processor lacks avx2"
         decoder = make_decoder(spec, RandomWeights(spec), EngineConfig(), CPU)
         assert isinstance(decoder, TorchDecoder)
         words = describe_kernels(decoder, EngineConfig(), CPU)
-        assert words == "torch: this processor lacks avx512_vnni"
+        assert words == "torch: this processor lacks avx2"
     finally:
         monkeypatch.undo()
         build.load_library.cache_clear()
@@ -413,7 +424,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(
     compiler.chmod(0o755)
     monkeypatch.setattr(build, "_BUILD", tmp_path / "made")
     monkeypatch.setattr(shutil, "which", lambda name: str(compiler))
-    monkeypatch.setattr(build, "_cpu_flags", lambda: build._NEEDED_CPU_FLAGS)
+    monkeypatch.setattr(build, "_cpu_flags", lambda: build.AVX2.cpu_flags)
     build.load_library.cache_clear()
     try:
         assert "no such instruction" in build.load_library().reason

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from services.worker.engine.kv_cache import PADDING_BLOCK
 from services.worker.engine.native.build import load_library
 from services.worker.engine.packing import PackedTokens
 from services.worker.engine.prefix_cache import BlockAllocator, PrefixNames, prefix_seed
-from tests.unit.worker.engine.builders import make_engine, make_request, run_all
+from tests.unit.worker.engine.builders import make_engine, make_request, run_all, save_model, tiny_config
 from tests.unit.worker.engine.conftest import TinyModel
 
 FREE = Sampling(temperature=0.0, ignore_eos=True)
@@ -42,7 +44,13 @@ def test_names_grow_with_the_tokens() -> None:
 
 def test_no_two_owners_have_one_seed() -> None:
     parts = ("a", "b", "ab", "", "adapter b")
-    owners = [(team, model, adapter) for team in parts for model in parts for adapter in (None, *parts)]
+    owners = [
+        (team, model, adapter, kernels)
+        for team in parts
+        for model in parts
+        for adapter in (None, *parts)
+        for kernels in ("", "a", "b")
+    ]
     assert len({prefix_seed(*owner) for owner in owners}) == len(owners)
 
 
@@ -282,6 +290,47 @@ def test_unloading_forgets_the_models_blocks_and_no_others(tiny: TinyModel) -> N
         engine.unload_model(handle)
     assert engine._blocks.remembered == 0
     assert engine.free_kv_tokens == engine.config.kv_tokens
+
+
+def test_what_a_model_that_left_has_computed_is_found_when_it_is_back(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder)
+    before = run_all(engine, [make_request("a", PROMPT, 20)])
+    engine.unload_model("m", keep_prefixes=True)
+    assert engine.free_kv_tokens == engine.config.kv_tokens
+    engine.load_model("m", tiny.folder)
+    assert cached_tokens(engine, make_request("a", PROMPT, 3)) == 96
+    answer = before["a"].tokens
+    again = run_all(engine, [make_request("c", PROMPT, 20, prior_tokens=tuple(answer[:9]))])
+    assert [*answer[:9], *again["c"].tokens] == answer
+
+
+def test_nothing_is_found_of_weights_that_are_no_longer_trusted(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder)
+    run_all(engine, [make_request("a", PROMPT, 3)])
+    engine.unload_model("m", keep_prefixes=True)
+    engine.forget_prefixes()
+    engine.load_model("m", tiny.folder)
+    assert cached_tokens(engine, make_request("a", PROMPT, 3)) == 0
+
+
+def test_nothing_is_found_that_other_kernels_laid_out(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder)
+    run_all(engine, [make_request("a", PROMPT, 3)])
+    engine.unload_model("m", keep_prefixes=True)
+    engine.load_model("m", tiny.folder)
+    model = engine._models["m"]
+    engine._models["m"] = replace(model, info=replace(model.info, kernels="others"))
+    assert cached_tokens(engine, make_request("a", PROMPT, 3)) == 0
+
+
+def test_a_pool_of_another_shape_begins_without_memories(tiny: TinyModel, tmp_path: Path) -> None:
+    engine = make_engine(tiny.folder)
+    run_all(engine, [make_request("a", PROMPT, 3)])
+    engine.unload_model("m", keep_prefixes=True)
+    save_model(tmp_path, tiny_config(num_hidden_layers=1))
+    engine.load_model("n", tmp_path)
+    assert engine._blocks.remembered == 0
+    assert cached_tokens(engine, make_request("b", PROMPT, 3, model="n")) == 0
 
 
 def test_preempted_sequence_finds_what_was_not_evicted(tiny: TinyModel) -> None:

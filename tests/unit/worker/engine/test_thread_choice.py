@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
 from services.worker.engine.native.build import load_library
+from services.worker.engine.native.decoder import NativeDecoder
 from services.worker.engine.thread_choice import (
     available_cores,
     candidate_counts,
-    choose_threads,
     cores_within,
 )
+from services.worker.engine.thread_tuner import ThreadTuner, choose_threads
 from tests.unit.worker.engine.builders import make_engine, make_request, run_all
 from tests.unit.worker.engine.conftest import TinyModel
 
@@ -45,7 +48,36 @@ def test_an_engine_that_was_told_no_number_measures_one_and_answers_the_same(tin
     measured, told = make_engine(tiny.folder, threads=0), make_engine(tiny.folder, threads=1)
     assert run_all(measured, [request])["a"].tokens == run_all(told, [request])["a"].tokens
     if load_library().library is not None:
-        assert measured._loader._measured_threads in candidate_counts(available_cores())
+        assert measured._loader._tuner is not None
+        assert measured._loader._tuner.chosen in candidate_counts(available_cores())
+
+
+def test_each_pass_takes_the_threads_that_are_said_and_tells_how_long_it_took(tiny: TinyModel) -> None:
+    if load_library().library is None:
+        pytest.skip(load_library().reason)
+    request = make_request("a", [5, 6, 7, 8], 12)
+    engine, told = make_engine(tiny.folder, threads=0), make_engine(tiny.folder, threads=1)
+    (decoder,) = [cast(NativeDecoder, model.decoder) for model in engine._models.values()]
+    tuner = _Tuner(decoder)
+    decoder.tuner = cast(ThreadTuner, tuner)
+    assert run_all(engine, [request])["a"].tokens == run_all(told, [request])["a"].tokens
+    assert [rows for rows, _, _ in tuner.took_passes] == [4] + [1] * 11
+    assert [threads for _, _, threads in tuner.took_passes] == [1, 3, 2, 1] * 3
+    assert all(0.0 < seconds < 60.0 for _, seconds, _ in tuner.took_passes)
+
+
+class _Tuner:
+    """Says numbers that go up and down, and looks which one the pass was made with."""
+
+    def __init__(self, decoder: NativeDecoder) -> None:
+        self._decoder = decoder
+        self.took_passes: list[tuple[int, float, int]] = []
+
+    def next_count(self) -> int:
+        return (1, 3, 2, 1)[len(self.took_passes) % 4]
+
+    def took(self, rows: int, seconds: float) -> None:
+        self.took_passes.append((rows, seconds, self._decoder.threads))
 
 
 @pytest.mark.parametrize(
