@@ -267,8 +267,8 @@ def charges_have_a_fact(books: Books) -> Found:
     """Each transaction about tokens names a job that has facts; each about minutes names a seat and an hour."""
     transactions = {entry.transaction_id: entry for entry in books.snapshot.entries}
     for entry in transactions.values():
-        if entry.kind == "credit":
-            continue
+        if entry.kind in ("credit", "payment") or entry.unique_key.startswith("payment:"):
+            continue  # money in, and what was taken back of it
         is_seat = entry.resource_id is not None and entry.place is not None and entry.hour_us is not None
         if entry.job_id is None and not is_seat:
             yield f"{entry.unique_key}: names neither a job nor a seat"

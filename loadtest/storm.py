@@ -2,15 +2,17 @@
 
 Wants `make up` (or `--home` of another running set). Most jobs are asked by a new team on the platform's shared pool,
 where each token has to be found in the ledger; every fifth by the demo team on its own resource, which a storm turns off
-and on, so that minutes have many borders. Some clients leave in mid-answer. At given shares of the jobs a victim is
-killed. Afterwards the clients' log is audited against records, facts, ledger and intervals, and both teams' months are
-computed again from raw facts and intervals alone.
+and on, so that minutes have many borders; some of its spans last over a minute. Some clients leave in mid-answer. All on
+the pool is under hard caps; a third team's cap is spent in mid-storm, and its clients go on. At given shares of the jobs
+a victim is killed. Afterwards the clients' log is audited against records, facts, ledger and intervals, all teams'
+months are computed again from raw facts and intervals alone, no cap was passed and no slice of one is left over.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -44,6 +46,8 @@ from loadtest.chaos import (
 )
 from loadtest.clients import RecordingClient
 from loadtest.report import Row, print_table, write_json
+from loadtest.storm_budgets import Capped, Money, cap_team, money_rows
+from services.billing.instants import HOUR_US, MINUTE_US, to_unix_us
 from services.billing.recompute import compare
 from shared.calendar_month import read_month
 
@@ -54,6 +58,10 @@ DEFAULT_VICTIMS = ("gateway", "worker", "billing", "rabbitmq", "postgres")
 OWN_EVERY = 5
 """Each fifth job is for the resource in the storm."""
 LEAVE_EVERY = 7
+LONG_EVERY = 3
+"""Each third time the resource stays on for over a minute, the first time too."""
+LONG_SPANS = 2
+"""So many live intervals of over a minute a storm has at least."""
 SETTLE_LIMIT_S = 120.0
 """Facts of killed parts may wait for a redelivery, and minutes are posted every 20 s."""
 RUN_LIMIT_S = 1500.0
@@ -67,6 +75,7 @@ class Storm:
     pool: RecordingClient
     own: RecordingClient
     own_model: str
+    capped: Capped
     demo: ManagementApi
     resource_id: str
     jobs: int
@@ -76,6 +85,8 @@ class Storm:
     asked: int = 0
     switched: int = 0
     switch_errors: int = 0
+    long_spans: int = 0
+    spanned: asyncio.Event = field(default_factory=asyncio.Event)
     kills: list[tuple[str, float]] = field(default_factory=list)
     """Victim, and seconds from its kill until a job that was asked after it was answered."""
     expected: dict[str, list[str]] = field(default_factory=dict)
@@ -89,13 +100,17 @@ class Storm:
         ):
             for prompt in PROMPTS:
                 self.expected[prompt] = await self.pool.spell(session, SHARED_MODEL, prompt, MAX_TOKENS)
+            await self.capped.learn(session)
             async with asyncio.TaskGroup() as group:
                 switching = group.create_task(self._switch())
+                hammering = group.create_task(self.capped.hammer(session))
                 async with asyncio.TaskGroup() as working:
                     for _ in range(CLIENTS):
                         working.create_task(self._ask(session))
                     working.create_task(self._kill(session, victims))
+                await self.spanned.wait()
                 switching.cancel()
+                hammering.cancel()
 
     async def _ask(self, session: aiohttp.ClientSession) -> None:
         while self.accepted < self.jobs:
@@ -158,14 +173,25 @@ class Storm:
         """Off and on, with one GPU or two, live for a moment or stopped in mid-start, for ever."""
         path = f"/api/resources/{self.resource_id}"
         try:
-            while True:
+            for number in itertools.count():
                 await self._call(partial(self.demo.post, f"{path}/off"))
                 await asyncio.sleep(self.random.uniform(0.5, 4.0))
-                await self._call(partial(self.demo.patch, path, {"gpus": self.random.choice((1, 2))}))
+                await self._scale(path)
                 await self._call(partial(self.demo.post, f"{path}/on"))
-                await self._live_for(path, self.random.choice((0.0, 30.0)), self.random.uniform(1.0, 8.0))
+                if number % LONG_EVERY:
+                    await self._live_for(path, self.random.choice((0.0, 30.0)), self.random.uniform(1.0, 8.0))
+                else:
+                    await self._live_for(path, 60.0, self.random.uniform(35.0, 60.0))
+                    await self._scale(path)
+                    await asyncio.sleep(self.random.uniform(35.0, 60.0))
+                    self.long_spans += 1
+                    if self.long_spans > LONG_SPANS:  # one may be cut by a kill
+                        self.spanned.set()
         finally:
             await asyncio.shield(self._restore(path))
+
+    async def _scale(self, path: str) -> None:
+        await self._call(partial(self.demo.patch, path, {"gpus": self.random.choice((1, 2))}))
 
     async def _live_for(self, path: str, start_limit_s: float, live_s: float) -> None:
         """Wait until the resource is live, at most so long, and then for `live_s`."""
@@ -202,10 +228,29 @@ def is_job(record: ClientRecord) -> bool:
 
 
 def rows_of(
-    storm: Storm, snapshot: Snapshot, results: list[Result], months: dict[str, tuple[int, list[str]]]
+    storm: Storm,
+    snapshot: Snapshot,
+    results: list[Result],
+    months: dict[str, tuple[int, list[str]]],
+    money: Money,
+    first: datetime,
 ) -> list[Row]:
-    """What was done, then one row for each check of the audit and for each month that was computed again. Pure."""
-    intervals = sum(interval.resource_id == storm.resource_id for interval in snapshot.intervals)
+    """What was done, then one row for each check of the audit and for each month that was computed again. Pure.
+
+    first: when the storm began.
+    """
+    first_us = to_unix_us(first)
+    intervals = [
+        each
+        for each in snapshot.intervals
+        if each.resource_id == storm.resource_id and each.started_us >= first_us
+    ]
+    long = sum(each.proved_us - each.started_us > MINUTE_US for each in intervals)
+    minutes = sum(
+        posted.minutes
+        for key, posted in snapshot.posted_minutes.items()
+        if key.resource_id == storm.resource_id and key.hour_us >= first_us // HOUR_US * HOUR_US
+    )
     outcomes = [
         record.outcome for client in (storm.pool, storm.own) for record in client.records if is_job(record)
     ]
@@ -216,7 +261,9 @@ def rows_of(
             for outcome in ("answered", "cancelled_by_client", "cut", "error")
         ),
         Row("resource turned off or on, or scaled", "times", storm.switched),
-        Row("live intervals of its places", "intervals", intervals),
+        Row("live intervals of its places", "intervals", len(intervals)),
+        Row("live intervals of over a minute", "intervals", long, ratio=long / LONG_SPANS, floor=1),
+        Row("minutes billed in its hours", "minutes", minutes),
         *(Row(f"kill -9 {victim}: next answer", "s", seconds) for victim, seconds in storm.kills),
     ]
     rows += [
@@ -239,7 +286,7 @@ def rows_of(
         )
         for team, (nanousd, found) in months.items()
     ]
-    return rows
+    return rows + money_rows(money)
 
 
 async def recomputed(url: str, teams: list[str], first: datetime) -> dict[str, tuple[int, list[str]]]:
@@ -266,17 +313,21 @@ async def _run(storm: Storm, victims: list[str], log: Path) -> list[Row]:
     await asyncio.to_thread(storm.demo.post, f"/api/resources/{storm.resource_id}/off")
     storm.pool.write_log(log)
     storm.own.write_log(log)
+    storm.capped.client.write_log(log)
     url = build(storm.layout, "all", os.environ)[0].database_url
-    records = [*storm.pool.records, *storm.own.records]
+    records = [*storm.pool.records, *storm.own.records, *storm.capped.client.records]
+    await settled_audit(url, records, SETTLE_LIMIT_S)
+    money = await storm.capped.reckon(url, first)
+    # What was let go late may have changed the books: they are looked at when nothing is held any more.
     snapshot, results = await settled_audit(url, records, SETTLE_LIMIT_S)
-    months = await recomputed(url, [storm.pool.team, storm.own.team], first)
+    months = await recomputed(url, [storm.pool.team, storm.own.team, storm.capped.client.team], first)
     await asyncio.to_thread(storm.demo.post, f"/api/resources/{storm.resource_id}/on")
     for result in results:
         for finding in result.findings[:10]:
             print(f"{result.name}: {finding}")
     for _, found in months.values():
         print(*found[:10], sep="\n", end="\n" if found else "")
-    return rows_of(storm, snapshot, results, months)
+    return rows_of(storm, snapshot, results, months, money, first)
 
 
 def main() -> int:
@@ -296,13 +347,22 @@ def main() -> int:
     env = read_env(layout)
     url = env["ROUNDHOUSE_URL"]
     demo = ManagementApi(url, env["ROUNDHOUSE_API_KEY"])
-    with payer_on_shared_gpus(ManagementApi(url, env["ROUNDHOUSE_ADMIN_KEY"])) as payer:
+    platform = ManagementApi(url, env["ROUNDHOUSE_ADMIN_KEY"])
+    with payer_on_shared_gpus(platform) as payer, payer_on_shared_gpus(platform) as capped:
+        cap_team(ManagementApi(url, payer.api_key))
         [resource] = [each for each in demo.list("/api/resources") if each["name"] == RESOURCE]
         storm = Storm(
             layout=layout,
             pool=RecordingClient(url, payer.api_key, payer.slug),
             own=RecordingClient(url, env["ROUNDHOUSE_API_KEY"], TEAM),
             own_model=env["ROUNDHOUSE_MODEL"],
+            capped=Capped(
+                RecordingClient(url, capped.api_key, capped.slug),
+                ManagementApi(url, capped.api_key),
+                SHARED_MODEL,
+                PROMPTS[0],
+                MAX_TOKENS,
+            ),
             demo=demo,
             resource_id=str(resource["resource_id"]),
             jobs=arguments.jobs,

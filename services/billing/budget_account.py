@@ -5,7 +5,8 @@ more from it. What a lease holds is what its jobs may still cost beyond what is 
 
 1. Nobody closed it -> all that was granted counts as spent: its gateway may be alive, or killed after it spent it.
 2. It is closed -> what was spent counts, the rest is free. The first close stands; it says at most what was granted.
-3. A job's reservation leaves its lease in the transaction that posts what the job costs, which is at most that much.
+3. A job's reservation leaves its lease in the transaction that posts what the job costs, which is at most that much;
+   what later facts may still make it cost stays until they are here (`budget_spend.sure_nanousd`).
 4. A lease past its horizon, when no job of it can run any more, is written off as soon as billing has read all
    facts from before: its gateway was killed with a slice unspent, or the fact of a job is lost. Should a fact come later
    still, it is posted like any other.

@@ -227,7 +227,7 @@ class Intake:
         if charged:
             await job_charges.save(connection, charged)
         await budget_store.add_spend(connection, add_up(spends))
-        await _free_leases(connection, reservations_freed(facts, new))
+        await _free_leases(connection, reservations_freed(facts, new, prices))
         return [
             Posted(charge.job_id or "", transaction_id, charge.kind, charge.amount_nanousd)
             for charge, transaction_id in zip(charges, ids, strict=True)

@@ -66,12 +66,14 @@ def plan(wanted: PriceList, known: Known) -> Plan:
     """Compare a list with what is there. Pure; ids of new versions are made here.
 
     1. A model type or an option that does not exist -> a problem.
-    2. An entry without a start, and the same amounts are in force -> nothing to do.
-    3. An entry without a start otherwise -> a new version from now on.
+    2. An entry without a start, and the same amounts are in force, or will be as soon as a new version could -> nothing
+       to do.
+    3. An entry without a start otherwise -> a new version from now on: seconds from now, when everybody knows it; the
+       first price of tokens at once.
     4. An entry with a start, and a version that starts then has the same amounts -> nothing to do.
     5. That version has other amounts and has not begun -> it is withdrawn, and replaced.
-    6. It has begun, or there is none and the start is past -> a problem: what was charged stays. The first version of
-       a token price may start in the past: nothing was charged by another one.
+    6. It has begun, or there is none and the start is past, or too soon for everybody to know it -> a problem: what was
+       charged stays. The first version of a token price may start in the past: nothing was charged by another one.
     """
     made = Plan()
     for token in wanted.tokens:
@@ -132,25 +134,26 @@ def _start(
     first_may_be_past: bool,
 ) -> int | None:
     """Where the version that is to be added starts; None if none is to be added. Rules 2 to 6 of `plan`."""
+    soonest_unix_ms = now_unix_ms + price_versions.WITHDRAWABLE_MS if versions else now_unix_ms
     if starts_unix_ms is None:
-        begun = [version for version in versions if version.starts_unix_ms <= now_unix_ms]
+        begun = [version for version in versions if version.starts_unix_ms <= soonest_unix_ms]
         in_force = max(begun, key=lambda version: version.starts_unix_ms, default=None)
         if in_force is not None and in_force.amounts == amounts:  # 2
             return None
         was = "no price" if in_force is None else _words(in_force.amounts)
         made.words.append(f"{what}: {was} -> {_words(amounts)}, from now on")  # 3
-        return now_unix_ms
+        return soonest_unix_ms
     there = next((version for version in versions if version.starts_unix_ms == starts_unix_ms), None)
     moment = f"{from_unix_ms(starts_unix_ms):%Y-%m-%d %H:%M:%S} UTC"
     if there is not None and there.amounts == amounts:  # 4
         return None
-    past = starts_unix_ms < now_unix_ms + price_versions.WITHDRAWABLE_MS
+    past = starts_unix_ms < soonest_unix_ms
     if there is not None and not past:  # 5
         made.withdrawn.append(there.version_id)
         made.words.append(f"{what}: {_words(amounts)} instead of {_words(there.amounts)}, from {moment}")
         return starts_unix_ms
-    if there is not None or (starts_unix_ms < now_unix_ms and (versions or not first_may_be_past)):  # 6
-        made.problems.append(f"line {line}: {what}: {moment} is past, and what was charged stays")
+    if there is not None or (past and (versions or not first_may_be_past)):  # 6
+        made.problems.append(f"line {line}: {what}: {moment} is past or too soon, and what was charged stays")
         return None
     made.words.append(f"{what}: {_words(amounts)}, from {moment}")
     return starts_unix_ms

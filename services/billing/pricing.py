@@ -16,6 +16,10 @@ from shared.messages import SetPrice
 MAX_TOKEN_PRICE_NANOUSD = 1_000_000_000
 """1 USD for one token. Times the largest token count (2^31 - 1), prompt and completion, it still fits a bigint."""
 
+LEAD_MS = 1_000
+"""A version that follows another one begins no sooner from now: no job that it counts for may be charged, or reserved for,
+by the one before it, and until it is committed, and half a second longer at gateways, nobody knows it."""
+
 _MODEL_TYPE = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 
 
@@ -60,8 +64,9 @@ def price_refusal(command: SetPrice, versions: Sequence[Price], now_unix_ms: int
 
     1. A name or number out of range -> invalid_price.
     2. Another version starts at the same moment -> price_overlaps.
-    3. A start in the past would change what finished jobs cost -> price_starts_in_past. It is allowed for the first
-       version: there is no charge yet that it could contradict.
+    3. A start in the past, or before everybody knows of it, would change what jobs cost that were charged already, or
+       reserved for -> price_starts_in_past. It is allowed for the first version: there is no charge that it could
+       contradict.
     """
     if not _MODEL_TYPE.fullmatch(command.model_type):
         return "invalid_price", "model_type: not the name of a model type"
@@ -72,6 +77,6 @@ def price_refusal(command: SetPrice, versions: Sequence[Price], now_unix_ms: int
         return "invalid_price", "starts_unix_ms: out of range"
     if any(version.starts_unix_ms == command.starts_unix_ms for version in versions):
         return "price_overlaps", "a price of this model type and class starts at the same moment"
-    if versions and command.starts_unix_ms < now_unix_ms:
-        return "price_starts_in_past", "a new version of a price cannot start in the past"
+    if versions and command.starts_unix_ms < now_unix_ms + LEAD_MS:
+        return "price_starts_in_past", "a new version of a price starts a second from now at the earliest"
     return None

@@ -144,13 +144,18 @@ async def _prices(connection: Connection) -> list[Price]:
 async def _ledger(
     connection: Connection, team_id: str, month: CalendarMonth, computed_jobs: set[str]
 ) -> MonthBill:
-    """What the ledger's own rows come to. Jobs: those computed here, and those that the statement has in the month."""
+    """What the ledger's own rows come to.
+
+    Jobs: those computed here, those that the statement has in the month, and those posted in it that nothing is known of.
+    """
     jobs = await connection.fetch(
         """
         SELECT job_id, -sum(amount_nanousd)::bigint AS amount FROM billing_api.ledger_v1
         WHERE team_id = $1 AND account_id = 'team:' || $1 AND job_id IS NOT NULL AND (job_id = ANY($2::text[])
             OR job_id IN (SELECT job_id FROM billing_api.job_charges_v1
-                          WHERE team_id = $1 AND accepted_at >= $3 AND accepted_at < $4))
+                          WHERE team_id = $1 AND accepted_at >= $3 AND accepted_at < $4)
+            OR (created_at >= $3 AND created_at < $4
+                AND NOT EXISTS (SELECT FROM billing_api.usage_events_v1 e WHERE e.job_id = ledger_v1.job_id)))
         GROUP BY job_id HAVING sum(amount_nanousd) <> 0
         """,
         team_id,

@@ -86,6 +86,10 @@ class BudgetGate:
         self._waiting: dict[str, asyncio.Future[Outcome]] = {}
         self._wake = asyncio.Event()
 
+    def is_capped(self, job: JobQueueMessage) -> bool:
+        """Whether the job is under any hard cap, as far as is known now."""
+        return bool(caps_on(self._caps.caps_of_team(job.team_id), job))
+
     async def reserve(self, jobs: Sequence[JobQueueMessage]) -> Reservation:
         """Reserve the worst case of one request's jobs. Raises `ApiError` 402 or 503.
 

@@ -1,15 +1,18 @@
-"""What the gateway knows of hard caps, of who pays from credit, and of prices: a snapshot that one task renews, and that outlives the database."""
+"""What an owner of jobs knows of hard caps, of who pays from credit, and of prices: a snapshot that one task renews, and that
+outlives the database."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Sequence
 
 import structlog
 
 from shared.budgets.caps import Cap, TokenPrice
 from shared.budgets.period import credit_budget_id
 from shared.database import Database
+from shared.messages import BudgetAction
 from shared.outcomes import Unavailable
 
 log = structlog.get_logger()
@@ -18,10 +21,14 @@ REFRESH_S = 0.5
 
 
 class BudgetTable:
-    """Read without waiting. A cap that is made or a price that is set holds here `REFRESH_S` later."""
+    """Read without waiting. A cap that is made or a price that is set holds here `REFRESH_S` later.
 
-    def __init__(self, database: Database) -> None:
+    actions: budgets that do any of these when they are spent are caps here.
+    """
+
+    def __init__(self, database: Database, actions: Sequence[BudgetAction] = ("refuse_ppt",)) -> None:
         self._database = database
+        self._actions = list(actions)
         self._caps: dict[str, list[Cap]] = {}
         self._prices: dict[tuple[str, str], list[TokenPrice]] = {}
         self._away = False
@@ -38,7 +45,8 @@ class BudgetTable:
         """Renew the snapshot. Raises `Unavailable` and keeps the old one."""
         cap_rows = await self._database.fetch(
             "SELECT budget_id, team_id, scope, scope_id, period FROM billing_api.budgets_v1"
-            " WHERE 'refuse_ppt' = ANY(actions)"
+            " WHERE actions && $1",
+            self._actions,
         )
         credit_rows = await self._database.fetch(
             "SELECT team_id FROM billing_api.spendable_v1 WHERE spendable_nanousd IS NOT NULL"

@@ -18,7 +18,7 @@ from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.ids import new_id
 from shared.inference.errors import ApiError
-from shared.messages import GenerateJob, JobUsage, ModelRef
+from shared.messages import GenerateJob, JobUsage, JobVoided, ModelRef
 
 PROMPT_TOKENS, MAX_TOKENS = 10, 20
 WORST_NANOUSD = PROMPT_TOKENS * 20 + MAX_TOKENS * 60
@@ -74,6 +74,21 @@ def usage_of(job: GenerateJob, completion_tokens: int) -> JobUsage:
         finished_unix_ms=now_unix_ms,
         lease_ids=job.lease_ids,
         reserved_nanousd=job.reserved_nanousd,
+    )
+
+
+def void_of(job: GenerateJob, *, had_worker: bool) -> JobVoided:
+    """The gateway's word that its client went before the first token."""
+    usage = usage_of(job, 0)
+    shared = {
+        name: getattr(usage, name) for name in JobVoided.__struct_fields__ if name in usage.__struct_fields__
+    }
+    return JobVoided(
+        **shared | {"event_id": f"void_{job.job_id}"},
+        reason="client_gone",
+        delivered_tokens=0,
+        voided_unix_ms=usage.finished_unix_ms,
+        had_worker=had_worker,
     )
 
 

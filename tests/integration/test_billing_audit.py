@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from loadtest.audit import EXIT_FINDINGS, EXIT_UNUSABLE, main
+from services.billing.payments_store import PaymentIntake
 from services.billing.rounds import MinutesRound
 from tests.integration.billing_stand import Stand, insert_interval, open_stand
-from tests.unit.billing.builders import make_usage, make_void
+from tests.unit.billing.builders import make_payment, make_usage, make_void
 
 ACCEPTED_UNIX_MS = time.time_ns() // 1_000_000 - 60_000
 
@@ -226,6 +227,17 @@ async def test_the_audit_finds_a_tampered_client_log(
     code, findings = await scene.audit()
     assert code == EXIT_FINDINGS
     assert check in findings
+
+
+async def test_money_in_and_what_was_taken_back_of_it_are_no_findings(scene: Scene) -> None:
+    payments = PaymentIntake(scene.stand.database, scene.stand.instruments)
+    await payments.record([make_payment("paid")])
+    await payments.record([make_payment("refunded", event_id="evt_2", amount_nanousd=1_000_000_000)])
+    kinds = await scene.stand.admin.fetch(
+        "SELECT DISTINCT kind FROM billing_api.ledger_v1 WHERE job_id IS NULL"
+    )
+    assert {"payment", "correction"} <= {row["kind"] for row in kinds}
+    assert await scene.audit() == (0, {})
 
 
 async def test_the_audit_refuses_an_empty_or_broken_log(scene: Scene) -> None:

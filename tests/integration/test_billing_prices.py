@@ -195,6 +195,13 @@ async def test_a_price_list_is_told_applied_and_then_true(database: str, tmp_pat
             "SELECT prompt_nanousd, withdrawn_by FROM billing.prices WHERE starts_at > now() ORDER BY created_at"
         )
         assert [tuple(row) for row in planned] == [(1000, "price list prices.toml"), (500, None)]
+        # What follows a price that holds begins when it is known: no job is charged by the one that it replaces
+        file.write_text(LIST.replace('"1.5"', '"3"'))
+        assert (await run_list(database, "apply", file))[0] == 0
+        committed_before_it_begins = await stand.admin.fetchval(
+            "SELECT starts_at > created_at + interval '4 s' FROM billing.prices WHERE prompt_nanousd = 3000"
+        )
+        assert committed_before_it_begins is True
 
 
 async def test_a_list_with_a_problem_changes_nothing_of_it(database: str, tmp_path: Path) -> None:
@@ -264,6 +271,23 @@ async def test_prices_and_rates_are_planned_listed_and_withdrawn(gateway: Gatewa
         begun = await gateway.call("DELETE", f"{path}/{left[0][name]}")
         assert (begun.status, begun.code) == (409, "price_in_force")
         assert (await gateway.call("DELETE", f"{path}/nothing")).status == 404
+
+
+async def test_what_is_only_planned_does_not_hold_yet_and_can_be_set_for_now(gateway: Gateway) -> None:
+    await add_model(gateway)
+    option = await gateway.make_option("tiny")
+    price = {"model_type": "tiny", "work_class": "live", "completion_usd_per_million": "2"}
+    for path, body, field in (
+        ("/api/prices", price, "prompt_usd_per_million"),
+        ("/api/rates", {"option_id": option["option_id"]}, "hourly_rate_usd"),
+    ):
+        assert (await gateway.call("PUT", path, body | {field: "1.00"})).status == 200
+        planned = {field: "9.00", "starts_at": "2900-01-01T00:00:00Z"}
+        assert (await gateway.call("PUT", path, body | planned)).status == 200
+        now = await gateway.call("PUT", path, body | {field: "9.00"})
+        assert now.status == 200 and now.json["starts_at"] < "2800", now.body
+        again = await gateway.call("PUT", path, body | {field: "9.00"})
+        assert again.json == now.json, "it holds by the time that another one could"
 
 
 async def test_a_rate_that_holds_is_shown_with_its_option_and_resource(gateway: Gateway) -> None:

@@ -218,6 +218,15 @@ async def test_the_month_is_recomputed_from_facts_and_intervals_alone(world: Wor
             "UPDATE billing.entries SET amount_nanousd = amount_nanousd - sign(amount_nanousd)",
             "in the ledger",
         ),
+        (
+            """WITH forged AS (
+                   INSERT INTO billing.transactions (transaction_id, unique_key, kind, team_id, job_id, words)
+                   SELECT 'txn_f', 'tokens:job_f', kind, team_id, 'job_f', words FROM billing.transactions
+                   WHERE job_id = 'job_2' AND kind = 'tokens' RETURNING team_id)
+               INSERT INTO billing.entries SELECT 'txn_f', a, n
+               FROM forged, LATERAL (VALUES ('team:' || team_id, -7), ('revenue:tokens', 7)) x (a, n)""",
+            "job job_f: 0 nano-USD from its facts, 7 in the ledger",
+        ),
         ("DELETE FROM scheduler.state_intervals WHERE place = 1", "place 1"),
         ("DELETE FROM billing.usage_events WHERE job_id = 'job_1'", "job job_1: 0 nano-USD from its facts"),
         (

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import asyncpg
+import msgspec
 import pytest
 
 from services.billing import budget_leases
@@ -29,11 +30,11 @@ from shared.budgets.slices import DENIED_S
 from shared.budgets.table import BudgetTable
 from shared.database import Database
 from shared.inference.errors import ApiError
-from shared.messages import AskBudget, Command, GenerateJob
+from shared.messages import AskBudget, Command, CreateBudget, DeleteBudget, GenerateJob
 from tests.conftest import Vhost
 from tests.integration.billing_stand import Stand, open_stand, until
-from tests.integration.budget_gateway import WORST_NANOUSD, make_job, usage_of
-from tests.unit.billing.builders import make_credit, make_terms
+from tests.integration.budget_gateway import WORST_NANOUSD, make_job, usage_of, void_of
+from tests.unit.billing.builders import COMMAND, make_credit, make_terms
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -263,6 +264,67 @@ async def test_what_a_job_did_not_use_is_free_when_it_is_posted(vhost: Vhost, da
                 await gate.reserve([make_job()])
             await asyncio.sleep(0.02)
         assert await stand.admin.fetchval("SELECT count(*) FROM billing.budget_leases") == asked
+
+
+@pytest.mark.parametrize(("had_worker", "held"), [(True, 200), (False, 0)])
+async def test_a_client_that_leaves_while_its_prompt_is_read_makes_room_for_no_more_than_is_sure(
+    vhost: Vhost, database: str, had_worker: bool, held: int
+) -> None:
+    """The gateway's word comes first, and says nothing of the prompt; the worker's, that it was read, makes it cost."""
+    async with AsyncExitStack() as stack:
+        stand = await stack.enter_async_context(open_stand(database))
+        budget_id = await insert_budget(stand.admin, WORST_NANOUSD)
+        broker = await stack.enter_async_context(running_billing(vhost, stand))
+        gate = await stack.enter_async_context(running_gate(vhost, database))
+        job = await reserve(gate)
+        await broker.publish_event(void_of(job, had_worker=had_worker))
+        await until(lambda: _is(stand, budget_id, (0, held)))
+        if not had_worker:
+            await reserve(gate)
+            return
+        with pytest.raises(ApiError, match="reserved by requests that run"):
+            await gate.reserve([make_job()])
+        usage = usage_of(job, 0)
+        await broker.publish_event(msgspec.structs.replace(usage, outcome="cancelled"))
+        await until(lambda: _is(stand, budget_id, (200, 0)))
+
+
+async def test_a_budget_that_is_deleted_in_use_leaves_nothing_held_and_what_ran_is_posted(
+    vhost: Vhost, database: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        stand = await stack.enter_async_context(open_stand(database))
+        budget_id = await insert_budget(stand.admin, WORST_NANOUSD)
+        broker = await stack.enter_async_context(running_billing(vhost, stand))
+        gate = await stack.enter_async_context(running_gate(vhost, database))
+        job = await reserve(gate)
+        await carry_out(stand, DeleteBudget(**COMMAND, team_id="team_a", budget_id=budget_id))
+        # A gateway that has not heard of it yet is told that nothing is to be had, and to ask again
+        with pytest.raises(ApiError) as refused:
+            await gate.reserve([make_job()])
+        assert refused.value.headers["x-should-retry"] == "true"
+        fresh = await stack.enter_async_context(running_gate(vhost, database))
+        assert (await fresh.reserve([make_job()])).jobs[0].lease_ids == []
+        await broker.publish_event(usage_of(job, 20))
+        await until(lambda: _spent_on(stand, job.accepted_unix_ms, WORST_NANOUSD))
+        await until(lambda: _nothing_held(stand))
+        # Made anew it counts what was spent, and a cap below that is refused
+        again = CreateBudget(
+            **COMMAND | {"command_id": "cmd_again"},
+            team_id="team_a",
+            scope="team",
+            scope_id="team_a",
+            period="month",
+            limit_nanousd=WORST_NANOUSD - 1,
+            alert_percents=[],
+            actions=["refuse_ppt"],
+        )
+        async with stand.database.transaction() as connection:
+            assert (await ACTIONS[CreateBudget](connection, again)).code == "cap_below_spent"
+
+
+async def _nothing_held(stand: Stand) -> bool:
+    return not await stand.admin.fetchval("SELECT count(*) FROM billing.budget_leases WHERE held_nanousd > 0")
 
 
 async def reserve(gate: BudgetGate) -> GenerateJob:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 from services.billing.budget_round import BudgetRound
 from services.billing.budget_spend import SpendKey
 from services.billing.budget_store import add_spend
+from services.billing.rounds import MinutesRound
+from services.billing.settings import BillingSettings
 from shared import topology
 from shared.broker import Broker, Delivery
 from shared.ids import new_id
@@ -252,6 +254,63 @@ async def test_a_spent_budget_turns_resources_off_and_says_what_it_stops(vhost: 
             "SELECT team_id, scope, scope_id FROM billing_api.capped_batches_v1"
         )
         assert [tuple(row) for row in batches] == [("team_a", "team", "team_a")]
+
+
+async def test_minutes_pass_a_cap_by_no_more_than_was_begun_between_two_rounds(
+    vhost: Vhost, database: str
+) -> None:
+    async with open_stand(database, priced=False) as stand, AsyncExitStack() as stack:
+        broker = await Broker.open(vhost.amqp_url, "test", stack)
+        asked: asyncio.Queue[Delivery] = asyncio.Queue()
+        await broker.subscribe(
+            topology.SCHEDULER_COMMANDS, SchedulerCommand, asked.put_nowait, prefetch=10, no_ack=True
+        )
+        # Given two GPUs at 60 USD an hour, and 7 USD for both
+        minute_nanousd, limit_nanousd, places = USD, 7 * USD, 2
+        started = datetime.now(UTC) - timedelta(minutes=10)
+        for place in range(places):
+            await insert_interval(stand.admin, f"inc_{place}", started, started, place=place)
+        await stand.admin.execute("UPDATE scheduler.resources SET wanted = 'on'")
+        await stand.admin.execute(
+            "INSERT INTO billing.budgets (budget_id, team_id, scope, scope_id, period, limit_nanousd, alert_percents,"
+            " actions) VALUES ($1, 'team_a', 'resource', 'res_a', 'month', $2, '{}', '{turn_off}')",
+            new_id("bud"),
+            limit_nanousd,
+        )
+        minutes, budgets = (
+            MinutesRound(stand.database, stand.instruments, 48),
+            BudgetRound(broker, stand.database),
+        )
+
+        async def spent() -> int:
+            return int(await stand.admin.fetchval("SELECT posted_nanousd FROM billing_api.budgets_v1"))
+
+        # When they are live, and minutes are posted as often as is the rule
+        interval_s: float = BillingSettings.__dataclass_fields__["minutes_interval_s"].default  # type: ignore[assignment]
+        live_s, before = 0.0, 0
+        while asked.empty():
+            before = await spent()
+            assert before < limit_nanousd, "the round that saw it spent turned nothing off"
+            live_s += interval_s
+            await stand.admin.execute(
+                "UPDATE scheduler.state_intervals SET proved_until = $1", started + timedelta(seconds=live_s)
+            )
+            await minutes.once()
+            await budgets.once()
+            if await spent() >= limit_nanousd:
+                await until(lambda: has_some(asked))
+
+        # Then it is turned off by the first round that sees it spent: each GPU has begun one minute since, at most
+        command = asked.get_nowait().message
+        assert isinstance(command, TurnOffResource) and command.resource_id == "res_a"
+        assert limit_nanousd <= await spent() <= before + places * minute_nanousd
+        # And what it takes to finish what runs is paid, as any minute is
+        await stand.admin.execute(
+            "UPDATE scheduler.state_intervals SET proved_until = $1, ended_at = $1",
+            started + timedelta(seconds=live_s + 90),
+        )
+        await minutes.once()
+        assert await spent() == places * -(-int(live_s + 90) // 60) * minute_nanousd
 
 
 async def test_a_spent_budget_is_seen_by_the_scheduler_for_whom_it_is(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from aiohttp import web
@@ -28,10 +27,13 @@ from services.gateway.money import format_usd, format_usd_per_million, parse_usd
 from services.gateway.routes import MANAGE, PLATFORM, RouteSpec
 from services.gateway.store import Row
 from shared import messages, topology
+from shared.budgets.period import EPOCH
 from shared.inference.errors import bad_request
 
-NEXT_PRICE_DELAY_S = 2.0
-"""A later price may not start in the past, and the command takes a moment to arrive."""
+NEXT_VERSION_DELAY = timedelta(seconds=4)
+"""A version that follows another one starts a second after billing has it at the earliest, and the command takes a moment."""
+
+_MILLISECOND = timedelta(milliseconds=1)
 
 TYPE_QUERY: dict[str, Any] = {"model_type": schemas.TEXT}
 OPTION_QUERY: dict[str, Any] = {"option_id": schemas.TEXT}
@@ -79,14 +81,15 @@ class Prices:
         completion = parse_usd_per_million(body.completion_usd_per_million, "completion_usd_per_million")
         if not any(row["name"] == body.model_type for row in await self._registry.model_types()):
             raise bad_request("unknown_model_type", "There is no such model type.", "model_type")
-        latest = await self._views.latest_price(body.model_type, body.work_class)
-        same = latest is not None and (prompt, completion) == (
-            latest["prompt_nanousd"],
-            latest["completion_nanousd"],
+        soon = datetime.now(UTC) + NEXT_VERSION_DELAY
+        known = await self._views.price_at(body.model_type, body.work_class, soon)
+        same = known is not None and (prompt, completion) == (
+            known["prompt_nanousd"],
+            known["completion_nanousd"],
         )
-        if body.starts_at is None and latest is not None and same:
-            return answer(_price_json(latest))
-        starts_unix_ms = _start(body.starts_at, is_first=latest is None)
+        if body.starts_at is None and known is not None and known["holds"] and same:
+            return answer(_price_json(known))
+        starts_unix_ms = _start(body.starts_at, datetime.now(UTC) if known is None else soon)
         command = messages.SetPrice(
             **await command_envelope(request, self._commands),
             model_type=body.model_type,
@@ -117,10 +120,11 @@ class Prices:
         query_of(request)
         body = parse(await read_json(request), SetRate)
         rate = parse_usd(body.hourly_rate_usd, "hourly_rate_usd")
-        latest = await self._views.latest_rate(body.option_id)
-        if body.starts_at is None and latest is not None and latest["hourly_rate_nanousd"] == rate:
-            return answer(_rate_json(latest))
-        starts_unix_ms = _start(body.starts_at, is_first=False)
+        soon = datetime.now(UTC) + NEXT_VERSION_DELAY
+        known = await self._views.rate_at(body.option_id, soon)
+        if body.starts_at is None and known is not None and known["hourly_rate_nanousd"] == rate:
+            return answer(_rate_json(known))
+        starts_unix_ms = _start(body.starts_at, soon)
         command = messages.SetRate(
             **await command_envelope(request, self._commands),
             option_id=body.option_id,
@@ -158,15 +162,14 @@ class Prices:
         return result
 
 
-def _start(given: str | None, *, is_first: bool) -> int:
-    """When a version begins, in Unix milliseconds: as given, else now; a later version in a moment."""
-    if given is not None:
-        return int(read_time(given, "starts_at").timestamp() * 1000)
-    return int((time.time() + (0 if is_first else NEXT_PRICE_DELAY_S)) * 1000)
+def _start(given: str | None, otherwise: datetime) -> int:
+    """When a version begins, in Unix milliseconds: as given, to the millisecond, else at that moment."""
+    moment = otherwise if given is None else read_time(given, "starts_at")
+    return (moment - EPOCH) // _MILLISECOND
 
 
 def _from_unix_ms(unix_ms: int) -> str | None:
-    return timestamp(datetime.fromtimestamp(unix_ms / 1000, UTC))
+    return timestamp(EPOCH + unix_ms * _MILLISECOND)
 
 
 def _price_json(row: Row) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -14,7 +15,17 @@ from services.billing.budget_leases import (
     facts_read_until,
     is_running,
 )
-from services.billing.budget_spend import SpendKey, add_up, minutes_spend, reservations_freed, tokens_spend
+from services.billing.budget_spend import (
+    SpendKey,
+    add_up,
+    minutes_spend,
+    reservations_freed,
+    sure_nanousd,
+    tokens_spend,
+)
+from services.billing.intake import amount_nanousd
+from services.billing.pricing import Price
+from services.billing.settle import settle
 from shared.budgets.period import Period, credit_budget_id, credit_team, day_of, period_end, period_start
 from shared.messages import AskBudget, LeaseClosed, UsageEvent
 from tests.unit.billing.builders import make_usage, make_void
@@ -81,16 +92,78 @@ def test_minutes_count_for_team_and_resource_in_their_hour() -> None:
     assert both[SpendKey("team_a", "key", "key_a", day)] == -3
 
 
+RESERVED: dict[str, Any] = {"lease_ids": ["lease_1", "lease_2"], "reserved_nanousd": 1400}
+PRICES = [Price("price_1", "smollm2-135m", "live", 20, 60, 0)]
+SUCCEEDED, NOTHING, READ, LATER = (
+    make_usage(**RESERVED, **fields)
+    for fields in (
+        {},
+        {"outcome": "cancelled", "completion_tokens": 0, "prefill_ran": False},
+        {"outcome": "cancelled", "completion_tokens": 0},
+        {"outcome": "cancelled", "completion_tokens": 7},
+    )
+)
+GONE_BEFORE, GONE_IN_QUEUE, GONE_LATER = (
+    make_void(**RESERVED, delivered_tokens=tokens, had_worker=had)
+    for tokens, had in ((0, True), (0, False), (5, True))
+)
+FAILED = make_void(**RESERVED, reason="failed", delivered_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sure"),
+    [
+        ([], 0),
+        ([SUCCEEDED], 1400),
+        ([READ], 1400),
+        ([NOTHING], 0),
+        ([GONE_BEFORE], 1200),
+        ([GONE_BEFORE, READ], 1400),
+        ([GONE_BEFORE, NOTHING], 1400),
+        ([GONE_IN_QUEUE], 1400),
+        ([GONE_LATER], 1400),
+        ([FAILED], 1400),
+        ([NOTHING, FAILED], 1400),
+    ],
+)
+def test_how_much_of_a_reservation_no_fact_can_need_any_more(facts: list[UsageEvent], sure: int) -> None:
+    assert sure_nanousd(facts, PRICES) == sure
+
+
+@pytest.mark.parametrize(
+    ("usage", "void"),
+    [
+        *itertools.product([SUCCEEDED, NOTHING, READ, LATER], [GONE_BEFORE, FAILED]),
+        *itertools.product([SUCCEEDED, NOTHING, LATER], [GONE_LATER]),
+        (NOTHING, GONE_IN_QUEUE),
+    ],
+)
+def test_in_any_order_what_is_posted_and_reserved_of_a_job_never_grows_and_ends_at_its_cost(
+    usage: UsageEvent, void: UsageEvent
+) -> None:
+    for order in ([usage, void], [void, usage]):
+        known: list[UsageEvent] = []
+        covered = [1400]
+        freed = 0
+        for fact in order:
+            known.append(fact)
+            freed += reservations_freed({"job_1": known}, {fact.event_id}, PRICES)["lease_1"]
+            posted = amount_nanousd(settle(known), PRICES[0])
+            covered.append(posted + 1400 - freed)
+        assert covered == sorted(covered, reverse=True), "room was made that was taken back"
+        assert freed == 1400
+
+
 def test_a_job_frees_its_reservation_once() -> None:
-    reserved: dict[str, Any] = {"lease_ids": ["lease_1", "lease_2"], "reserved_nanousd": 40}
-    first, later = make_usage(**reserved), make_void(**reserved)
+    first, later = make_usage(**RESERVED), make_void(**RESERVED)
     other = make_usage(job_id="job_2", lease_ids=["lease_1"], reserved_nanousd=5)
     plain = make_usage(job_id="job_3")
     facts: dict[str, list[UsageEvent]] = {"job_1": [first, later], "job_2": [other], "job_3": [plain]}
     everything = {fact.event_id for of_job in facts.values() for fact in of_job}
-    assert reservations_freed(facts, everything) == {"lease_1": 45, "lease_2": 40}, "both at once free once"
-    assert reservations_freed(facts, {later.event_id}) == {}, "it was freed with the first fact"
-    assert reservations_freed(facts, set()) == {}, "settled again, for its price came late"
+    both_at_once = reservations_freed(facts, everything, PRICES)
+    assert both_at_once == {"lease_1": 1405, "lease_2": 1400}
+    assert reservations_freed(facts, {later.event_id}, PRICES) == {}, "it was freed with the first fact"
+    assert reservations_freed(facts, set(), PRICES) == {}, "settled again, for its price came late"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from services.billing.price_list import Known, main, plan
 from services.billing.price_list_file import MAX_BYTES, BadPriceList, read_price_list
+from services.billing.price_versions import WITHDRAWABLE_MS
 from services.billing.pricing import Price
 from services.billing.rates import Rate
 
@@ -115,6 +116,9 @@ def known(prices: list[Price], rates: list[Rate] | None = None) -> Known:
 LATER = f"starts_at = {SOON}\n"
 PAST = "starts_at = 2020-01-01T00:00:00Z\n"
 PAST_MS = 1_577_836_800_000
+TOO_SOON = "starts_at = 2027-01-15T08:00:01Z\n"
+KNOWN_MS = NOW_MS + WITHDRAWABLE_MS
+"""When everybody knows a version that is made now."""
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,8 @@ PAST_MS = 1_577_836_800_000
         (listing(TOKENS), [], [(20, 60, NOW_MS)], [], 0),
         (listing(TOKENS), [price("a", 0)], [], [], 0),
         (listing(TOKENS), [price("a", 0), price("b", SOON_MS, 1, 1)], [], [], 0),
-        (listing(TOKENS), [price("a", 0), price("b", 5, 1, 1)], [(20, 60, NOW_MS)], [], 0),
+        (listing(TOKENS), [price("a", 0), price("b", 5, 1, 1)], [(20, 60, KNOWN_MS)], [], 0),
+        (listing(TOKENS), [price("a", 0, 1, 1), price("b", KNOWN_MS)], [], [], 0),
         (listing(TOKENS), [price("a", 0, kind="batch")], [(20, 60, NOW_MS)], [], 0),
         (listing(TOKENS, LATER), [], [(20, 60, SOON_MS)], [], 0),
         (listing(TOKENS, LATER), [price("a", 0)], [(20, 60, SOON_MS)], [], 0),
@@ -133,6 +138,9 @@ PAST_MS = 1_577_836_800_000
         (listing(TOKENS, PAST), [price("a", PAST_MS)], [], [], 0),
         (listing(TOKENS, PAST), [price("a", PAST_MS, 1, 1)], [], [], 1),
         (listing(TOKENS, PAST), [price("a", 0)], [], [], 1),
+        (listing(TOKENS, TOO_SOON), [price("a", 0)], [], [], 1),
+        (listing(TOKENS, TOO_SOON), [price("a", NOW_MS + 1000, 1, 1)], [], [], 1),
+        (listing(TOKENS, TOO_SOON), [price("a", NOW_MS + 1000)], [], [], 0),
         (listing(TOKENS.replace("tiny", "big")), [], [], [], 1),
     ],
 )  # fmt: skip
@@ -148,10 +156,11 @@ def test_what_a_price_of_tokens_comes_to(
     ("content", "there", "added", "withdrawn", "problems"),
     [
         (listing(RATE), [], [], [], 0),
-        (listing(RATE.replace("0.60", "0.70")), [], [(700_000_000, NOW_MS)], [], 0),
+        (listing(RATE.replace("0.60", "0.70")), [], [(700_000_000, KNOWN_MS)], [], 0),
         (listing(RATE, LATER), [], [(600_000_000, SOON_MS)], [], 0),
         (listing(RATE, LATER), [Rate("b", "opt_a", 5, SOON_MS)], [(600_000_000, SOON_MS)], ["b"], 0),
         (listing(RATE, PAST), [], [], [], 1),
+        (listing(RATE, TOO_SOON), [], [], [], 1),
         (listing(RATE.replace("bf16", "fp32")), [], [], [], 1),
     ],
 )

@@ -14,6 +14,7 @@ from services.billing import intake, settle
 from services.billing.intake import charge_due
 from services.billing.ledger import PostedCharges
 from services.billing.pricing import (
+    LEAD_MS,
     MAX_TOKEN_PRICE_NANOUSD,
     Price,
     minutes_amount_nanousd,
@@ -138,7 +139,12 @@ NOW_UNIX_MS = ACCEPTED_UNIX_MS
     ("fields", "versions", "code"),
     [
         ({}, [], None),
-        ({"starts_unix_ms": NOW_UNIX_MS + 1}, [make_price(starts_unix_ms=5)], None),
+        ({"starts_unix_ms": NOW_UNIX_MS + LEAD_MS}, [make_price(starts_unix_ms=5)], None),
+        (
+            {"starts_unix_ms": NOW_UNIX_MS + LEAD_MS - 1},
+            [make_price(starts_unix_ms=5)],
+            "price_starts_in_past",
+        ),
         ({"starts_unix_ms": NOW_UNIX_MS - 1}, [make_price(starts_unix_ms=5)], "price_starts_in_past"),
         ({"starts_unix_ms": 5}, [make_price(starts_unix_ms=5)], "price_overlaps"),
         ({"prompt_nanousd": -1}, [], "invalid_price"),
@@ -171,9 +177,25 @@ MONEY_MODULES = sorted(
 ) + [
     ROOT / "shared/usd.py",
     ROOT / "shared/budgets/caps.py",
+    ROOT / "shared/budgets/period.py",
+    ROOT / "services/batch/paying.py",
+    *(ROOT / "services/cli" / name for name in ("billing.py", "budgets.py", "prices.py", "usage.py")),
     *(
         ROOT / "services/gateway" / name
-        for name in ("money.py", "statement.py", "management/statements.py", "management/billing_usage.py")
+        for name in (
+            "money.py",
+            "paying.py",
+            "statement.py",
+            "management/advice.py",
+            "management/billing_usage.py",
+            "management/budgets.py",
+            "management/credit.py",
+            "management/deposits.py",
+            "management/prices.py",
+            "management/statements.py",
+            "management/usage.py",
+            "payments/stripe_events.py",
+        )
     ),
 ]
 
