@@ -28,6 +28,10 @@ class _Report:
     prompt_tokens: int = 0
     waiting_jobs: int = 0
     remaining_tokens: int = 0
+    batch_held_jobs: int = 0
+    batch_waiting_jobs: int = 0
+    batch_sequences: int = 0
+    batch_left_jobs: int = 0
 
 
 class Ours:
@@ -35,8 +39,11 @@ class Ours:
 
     every_s = 1.0
 
-    def __init__(self, bounds: tuple[int, int], tuning: Tuning, idle_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, bounds: tuple[int, int], tuning: Tuning, wait_s: float = 10.0, idle_timeout_s: float = 600.0
+    ) -> None:
         self._bounds = bounds
+        self._wait_s = wait_s
         self._tuning = tuning
         self._idle_timeout_s = idle_timeout_s
         self._memory = ScalingMemory(wanted=bounds[0], busy_at=0.0)
@@ -56,7 +63,7 @@ class Ours:
                     held_jobs=len(worker.jobs),
                     running_sequences=len(worker.jobs),
                 )
-        self._meter.look(reports, len(world.waiting), 0, 0.0, now)
+        self._meter.look(reports, len(world.waiting), 0, 0.0, now, wait_s=self._wait_s)
         supply = Supply(
             ready_workers=len(world.ready(now)),
             starting_ages_s=[now - w.granted_at for w in world.workers.values() if w.ready_at > now],
@@ -64,7 +71,14 @@ class Ours:
             start_s=machine.start_s,
         )
         decision = decide_count(
-            self._meter.load(), supply, self._bounds, self._idle_timeout_s, self._memory, now, self._tuning
+            self._meter.load(),
+            supply,
+            self._bounds,
+            self._idle_timeout_s,
+            self._memory,
+            now,
+            self._tuning,
+            target_wait_s=self._wait_s,
         )
         self._memory = decision.memory
         return decision.wanted

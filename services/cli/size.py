@@ -11,13 +11,12 @@ import typer
 from services.cli.acting import api, find_id
 from services.cli.client import ApiClient, CliError
 from services.cli.output import Json, print_fields, print_json, print_table
+from services.cli.resources import set_bounds
 from services.cli.sizing import SizeError, choose_size, measured_rpm
 
 RESOURCES = "/api/resources"
 SEEN_DAYS = 7
 """A week, so that weekends are in it."""
-KEPT = ("idle_timeout_s", "when_asleep", "windows")
-"""Scaling settings that a size does not change."""
 
 
 def size(
@@ -59,7 +58,7 @@ def size(
         "rpm_at_max": round(chosen.max * rpm_per_gpu, 2),
     }
     if apply is not None:
-        answer["applied_to"] = _apply(api(context), apply, chosen.min, chosen.max)
+        answer["applied_to"] = set_bounds(api(context), apply, chosen.min, chosen.max)["name"]
     if as_json:
         print_json(answer)
         return
@@ -106,11 +105,3 @@ def _measured(client: ApiClient, resource: str) -> float:
             f"'{resource}' was too little used in the last {SEEN_DAYS} days: try 'roundhouse bench', or say --rpm-per-gpu"
         )
     return seen
-
-
-def _apply(client: ApiClient, resource: str, least: int, most: int) -> str:
-    """Turn autoscaling on with these bounds; what else is set stays. Return the resource's name."""
-    path = f"{RESOURCES}/{find_id(client, RESOURCES, 'resource_id', resource)}"
-    now = client.get(path)
-    body = {"autoscaling": True, "min": least, "max": most} | {name: now["scaling"][name] for name in KEPT}
-    return str(client.put(f"{path}/scaling", body)["name"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from services.scheduler.quotas import EVERY_TEAM, MAX_PLACES, PLATFORM
-from services.scheduler.scaling_settings import MAX_COUNT, settings_problem
+from services.scheduler.scaling_settings import MAX_COUNT, TARGET_WAITS_S, settings_problem
 from shared.messages import (
     CreateOption,
     CreateResource,
@@ -87,6 +87,8 @@ def _quota_problem(command: SetQuota) -> str | None:
 def _scaling_problem(command: SetScaling) -> str | None:
     if not command.autoscaling and command.min_count != command.max_count:
         return "with autoscaling off there is one number of gpus"
+    if command.target_wait_s not in TARGET_WAITS_S:
+        return f"target_wait_s must be between {TARGET_WAITS_S.start} and {TARGET_WAITS_S.stop - 1}"
     return settings_problem(command.min_count, command.max_count, command.idle_timeout_s, command.windows)
 
 

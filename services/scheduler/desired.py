@@ -13,6 +13,7 @@ import msgspec
 
 from services.scheduler import pin_commands
 from services.scheduler.command_rules import problem_of
+from services.scheduler.holds import set_until
 from services.scheduler.quotas import set_quota, team_quota
 from services.scheduler.refused import Refused
 from services.scheduler.scaling_store import SettingsChanged, set_fixed, set_scaling
@@ -156,8 +157,8 @@ class Desired:
         try:
             await connection.execute(
                 """INSERT INTO scheduler.resources
-                       (resource_id, team_id, name, model_type, option_id, pool, fixed_count)
-                   VALUES ($1, $2, $3, $4, $5, $6, $7)""",
+                       (resource_id, team_id, name, model_type, option_id, pool, fixed_count, takes_traffic)
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, $8)""",
                 resource_id,
                 command.team_id,
                 command.name,
@@ -165,6 +166,7 @@ class Desired:
                 command.option_id,
                 command.pool,
                 command.fixed_count,
+                command.takes_traffic,
             )
         except asyncpg.UniqueViolationError as error:
             if error.constraint_name == "one_pool_per_type":
@@ -224,6 +226,8 @@ async def _lock(connection: Connection, team_id: str, resource_id: str) -> async
 
 async def _want(connection: Connection, command: TurnOnResource | TurnOffResource, wanted: str) -> None:
     row = await _lock(connection, command.team_id, command.resource_id)
+    until = command.until_unix_ms if isinstance(command, TurnOnResource) else None
+    await set_until(connection, command.resource_id, until)
     if row["wanted"] == wanted:
         return
     await connection.execute(

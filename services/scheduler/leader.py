@@ -23,9 +23,11 @@ from services.scheduler.actions import (
 from services.scheduler.fleet import Fleet, Watch
 from services.scheduler.handlers import delete_job_queues
 from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.models_look import ModelsLook
 from services.scheduler.pin_keeper import PinKeeper
 from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.scaling_keeper import ScalingKeeper
+from services.scheduler.sharing import Sharing
 from services.scheduler.snapshot import (
     Decided,
     Heard,
@@ -50,9 +52,9 @@ START_DEADLINE_S = 10.0
 LOOKS_IN_A_ROW = 8
 """Enough for any chain of steps (free, grant, send); the lease is looked after in between."""
 NODES_NOTED_EVERY_S = 2.0
-MODELS_NOTED_EVERY_S = 1.0
 PRUNE_EVERY_S = 60.0
 FORGET_EVERY_S = 60.0
+HOLDS_EVERY_S = 2.0
 
 
 class Leader:
@@ -71,7 +73,7 @@ class Leader:
     ) -> None:
         self._broker = broker
         self._store = store
-        self._residency = residency
+        self._models = ModelsLook(residency, pins, metrics.failed)
         self._pins = pins
         self._scaling = scaling
         self._lease = lease
@@ -80,13 +82,14 @@ class Leader:
         self._metrics = metrics
         self._tick_s = tick_s
         self._watch = Watch()
+        self._sharing = Sharing()
         self._start_sent_at: dict[str, float] = {}
         self._stop_sent_at: dict[str, float] = {}
         self._last_exit_at: dict[str, float] = {}
         self._queues_checked_for: int | None = None
         self._nodes_noted_s = 0.0
-        self._models_noted_s = 0.0
         self._pruned_s = 0.0
+        self._holds_s = 0.0
         self._forgot_s = 0.0
 
     async def run(self) -> None:
@@ -112,6 +115,10 @@ class Leader:
     async def _lead(self) -> None:
         if self._queues_checked_for != self._lease.epoch and self._broker.connected:
             await self._check_queues()
+        if time.monotonic() - self._holds_s > HOLDS_EVERY_S:
+            self._holds_s = time.monotonic()
+            for resource_id in await self._store.end_holds():
+                log.warning("hold_ended", resource_id=resource_id)
         for _ in range(LOOKS_IN_A_ROW):
             if not await self._look():
                 break
@@ -169,13 +176,11 @@ class Leader:
 
     async def _look_at_models(self, stored: Stored, heard: Heard) -> None:
         """Which models are where, and which shall be; before places are decided about, whose starts name them."""
-        is_due = time.monotonic() - self._models_noted_s > MODELS_NOTED_EVERY_S
-        if is_due or not self._pins.knows_all(stored):
-            self._models_noted_s = time.monotonic()
-            await self._residency.keep(stored, heard.workers)
-            await self._pins.look(stored, heard.workers)
+        await self._models.follow(stored, heard.workers)
         for message in self._pins.to_tell(stored, heard.workers, time.monotonic()):
             await self._send(topology.worker_commands(message.worker_id), message)
+        for asked in self._sharing.to_ask(stored, heard.workers, stored.now):
+            await self._send(topology.worker_commands(asked.worker_id), asked)
 
     async def _act(self, decided: Decided, now: float) -> bool:
         """Store what was decided about one resource, then send. A failure of one holds up no other."""

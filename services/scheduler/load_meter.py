@@ -2,6 +2,9 @@
 
 Workers count from their start on: tokens, the time that jobs ran (summed over jobs), jobs that left. Differences
 between reports are exact, however many reports were lost. Running means forget: they go over the last minutes of work.
+
+Lines of batches tell what a worker does in a second and how long a job is, and nothing about how much is needed: they fill
+what live requests leave, and a batch that keeps a worker full is no reason for another one.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from services.scheduler.crowds import Crowds
 from services.scheduler.scaling_policy import Load
+from services.scheduler.scaling_settings import MAX_COUNT
 
 PROMPT_TOKEN_WEIGHT = 0.1
 """What a prompt token costs beside a completion token."""
-ARRIVALS_S = 20.0
-"""Time constant of the running mean of arrivals."""
+ARRIVALS_S = 60.0
+"""Time constant of the running mean of arrivals. What is shorter is a crowd (`crowds.py`)."""
 KNOWN_STREAM_S = 10.0
 RATE_STREAM_S = 600.0
 """The throughput is a mean over so many seconds of jobs: 8 jobs for 75 s, say."""
 JOBS_REMEMBERED = 200.0
+LEAST_SHARE = 0.05
+"""Of a batch, in the weight of what is measured."""
 
 
 class Counters(Protocol):
@@ -43,6 +50,14 @@ class Counters(Protocol):
     def running_sequences(self) -> int: ...
     @property
     def remaining_tokens(self) -> int: ...
+    @property
+    def batch_held_jobs(self) -> int: ...
+    @property
+    def batch_waiting_jobs(self) -> int: ...
+    @property
+    def batch_sequences(self) -> int: ...
+    @property
+    def batch_left_jobs(self) -> int: ...
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -64,6 +79,8 @@ class LoadMeter:
         self._tokens = self._stream_s = 0.0
         self._job_tokens = self._jobs = 0.0
         self._arriving_jobs_per_s = 0.0
+        self._crowds = Crowds(MAX_COUNT)
+        self._wait_s = self._swap_s = 0.0
         self._ready: int | None = None
         self._batch = 0
         self._reports_age_s = 0.0
@@ -79,33 +96,41 @@ class LoadMeter:
         batch_messages: int,
         reports_age_s: float,
         now: float,
+        *,
+        wait_s: float = 10.0,
+        swap_s: float = 0.0,
     ) -> None:
-        """workers: the latest report of each worker that lives, by incarnation."""
+        """workers: the latest report of each worker that lives, by incarnation. wait_s: what a request may wait, by the
+        resource's settings. swap_s: what a job waits for its model."""
         left = 0
         for incarnation, counters in workers.items():
             # Of one that is new to us its past is known too, and is no arrival.
             came_out = self._take(counters, self._before.get(incarnation))
             left += came_out if incarnation in self._before else 0
         self._ready, self._batch, self._reports_age_s = ready_messages, batch_messages, reports_age_s
-        self._before = dict(workers)
+        self._before, self._wait_s, self._swap_s = dict(workers), wait_s, swap_s
         if ready_messages is None:
             self._in_hand = None  # what comes meanwhile is not counted as one crowd afterwards
             return
-        in_hand = ready_messages + sum(each.held_jobs for each in workers.values())
+        in_hand = ready_messages + sum(each.held_jobs - each.batch_held_jobs for each in workers.values())
         if self._in_hand is not None and now > self._looked_at:
             passed_s = now - self._looked_at
-            arrived_per_s = (in_hand - self._in_hand + left) / passed_s
+            arrived = in_hand - self._in_hand + left
             share = 1 - math.exp(-passed_s / ARRIVALS_S)
-            self._arriving_jobs_per_s += (arrived_per_s - self._arriving_jobs_per_s) * share
+            self._arriving_jobs_per_s += (arrived / passed_s - self._arriving_jobs_per_s) * share
+            if rate := self._worker_tokens_per_s():
+                self._crowds.pass_time(arrived * self._mean_job_tokens(), passed_s, rate, wait_s)
         self._in_hand, self._looked_at = in_hand, now
 
     def _take(self, now: Counters, before: Counters | None) -> int:
-        """Add what a worker did since its report before; return how many jobs left it."""
+        """Add what a worker did since its report before; return how many live jobs left it."""
         tokens = _tokens(now) - (_tokens(before) if before is not None else 0.0)
+        weight = self._weight(now, before)
         left = now.left_jobs - (before.left_jobs if before is not None else 0)
+        of_batches = now.batch_left_jobs - (before.batch_left_jobs if before is not None else 0)
         stream_s = now.stream_s - (before.stream_s if before is not None else 0.0)
-        self._tokens += tokens
-        self._stream_s += stream_s
+        self._tokens += tokens * weight
+        self._stream_s += stream_s * weight
         if self._stream_s > RATE_STREAM_S:
             self._tokens *= RATE_STREAM_S / self._stream_s
             self._stream_s = RATE_STREAM_S
@@ -114,29 +139,40 @@ class LoadMeter:
         if self._jobs > JOBS_REMEMBERED:
             self._job_tokens *= JOBS_REMEMBERED / self._jobs
             self._jobs = JOBS_REMEMBERED
-        return left
+        return left - of_batches
+
+    def _weight(self, now: Counters, before: Counters | None) -> float:
+        """A batch that is nearly full tells what a full one does; the streams of an emptier one are faster than those would be."""
+        least = min(each.running_sequences for each in (before, now) if each is not None)
+        return max(least / self._max_batch, LEAST_SHARE) ** 2
+
+    def _worker_tokens_per_s(self) -> float:
+        return self._tokens / self._stream_s * self._max_batch if self._stream_s > 0 else 0.0
+
+    def _mean_job_tokens(self) -> float:
+        return self._job_tokens / self._jobs if self._jobs else self._job_tokens
 
     def load(self) -> Load:
         workers = self._before.values()
-        job_tokens = self._job_tokens / self._jobs if self._jobs else self._job_tokens
-        rate = self._tokens / self._stream_s * self._max_batch if self._stream_s > 0 else 0.0
+        job_tokens, rate = self._mean_job_tokens(), self._worker_tokens_per_s()
         return Load(
             ready_messages=self._ready,
-            batch_messages=self._batch,
-            waiting_jobs=sum(each.waiting_jobs for each in workers),
-            running_sequences=sum(each.running_sequences for each in workers),
+            batch_messages=self._batch + sum(each.batch_held_jobs for each in workers),
+            waiting_jobs=sum(each.waiting_jobs - each.batch_waiting_jobs for each in workers),
+            running_sequences=sum(each.running_sequences - each.batch_sequences for each in workers),
             remaining_tokens=sum(each.remaining_tokens for each in workers),
             reports_age_s=self._reports_age_s,
             job_tokens=job_tokens,
             arriving_tokens_per_s=max(self._arriving_jobs_per_s, 0.0) * job_tokens,
             worker_tokens_per_s=rate or None,
+            crowd_workers=self._crowds.least_workers(self._wait_s, rate),
+            swap_s=self._swap_s,
         )
 
     def measured(self) -> Measured | None:
-        load = self.load()
-        if load.worker_tokens_per_s is None:
+        if not (rate := self._worker_tokens_per_s()):
             return None
-        return Measured(job_tokens=load.job_tokens, worker_tokens_per_s=load.worker_tokens_per_s)
+        return Measured(job_tokens=self._mean_job_tokens(), worker_tokens_per_s=rate)
 
 
 def _tokens(counters: Counters) -> float:

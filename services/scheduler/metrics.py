@@ -25,10 +25,13 @@ class SchedulerMetrics:
 
     def __init__(self, is_leader: Callable[[], bool]) -> None:
         self._is_leader = is_leader
-        self._places: Counter[str] = Counter()
+        self._places: Counter[tuple[str, str]] = Counter()
+        self._resources: list[str] = []
         meter = telemetry.meter()
         meter.create_observable_gauge(LEADER, [self._observe_leader], description="1 on the leader")
-        meter.create_observable_gauge(PLACES, [self._observe_places], description="Taken places by state")
+        meter.create_observable_gauge(
+            PLACES, [self._observe_places], description="Taken places by resource and state"
+        )
         self._decisions = meter.create_counter(DECISIONS, description="Actions decided, by kind")
         self._duration = meter.create_histogram(
             RECONCILE_DURATION, unit="s", description="One look at everything"
@@ -43,7 +46,8 @@ class SchedulerMetrics:
         self._cut.add(0)  # so that there is a zero to see
 
     def looked(self, stored: Stored, duration_s: float) -> None:
-        self._places = Counter(place.state for place in stored.places)
+        self._places = Counter((place.resource_id, place.state) for place in stored.places)
+        self._resources = [resource.resource_id for resource in stored.resources]
         self._duration.record(duration_s)
 
     def decided(self, actions: Iterable[Action]) -> None:
@@ -60,5 +64,7 @@ class SchedulerMetrics:
         yield Observation(int(self._is_leader()))
 
     def _observe_places(self, _options: CallbackOptions) -> Iterable[Observation]:
-        for state in PlaceState if self._is_leader() else ():
-            yield Observation(self._places[state], {"state": str(state)})
+        for resource_id in self._resources if self._is_leader() else ():
+            for state in PlaceState:
+                labels = {"state": str(state), telemetry.RESOURCE_ID: resource_id}
+                yield Observation(self._places[resource_id, state], labels)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import asyncpg
 import msgspec
+import structlog
 
 from services.scheduler.snapshot import Stored
-from services.scheduler.worker_models import ModelKey, ModelRow, update_rows
-from shared.database import Database
+from services.scheduler.worker_models import ModelKey, ModelRow, RowChanges, update_rows
+from shared.database import DATABASE_ERRORS, Connection, Database
 from shared.lease import Lease
 from shared.messages import WorkerReport
+
+log = structlog.get_logger()
 
 _LOAD = """
     SELECT incarnation, model_id, revision, state, reason, weight_bytes, loads, load_ms_p50, load_ms_p95, hits, misses,
@@ -42,6 +46,13 @@ _WRITE_MEMORY = """
 _REMOVE = "DELETE FROM scheduler.worker_models WHERE incarnation = $1 AND model_id = $2 AND revision = $3"
 
 
+async def _write(connection: Connection, incarnation: str, change: RowChanges, memory_bytes: int) -> None:
+    rows = msgspec.json.encode(change.written).decode()
+    await connection.execute(_WRITE, incarnation, rows)
+    await connection.executemany(_REMOVE, [(incarnation, *key) for key in change.removed])
+    await connection.execute(_WRITE_MEMORY, incarnation, memory_bytes)
+
+
 class ResidencyKeeper:
     """The leader's; what it remembers is what the table holds, read anew when it takes the lead."""
 
@@ -61,20 +72,32 @@ class ResidencyKeeper:
         reports = {key: report for key, (report, _) in workers.items() if key in placed}
         await self._read([key for key in reports if key not in self._rows])
         changes = {key: update_rows(self._rows[key], report) for key, report in reports.items()}
-        changes = {key: change for key, change in changes.items() if change.written or change.removed}
         memory_bytes = {key: report.model_memory_bytes for key, report in reports.items()}
-        if not changes and memory_bytes == self._memory_bytes:
+        changes = {
+            key: change
+            for key, change in changes.items()
+            if change.written or change.removed or memory_bytes[key] != self._memory_bytes.get(key)
+        }
+        self._memory_bytes = {key: value for key, value in self._memory_bytes.items() if key in placed}
+        if not changes:
             return
+        written: list[str] = []
         async with self._database.transaction() as connection:
             await self._lease.fence(connection)
             for incarnation, change in changes.items():
-                rows = msgspec.json.encode(change.written).decode()
-                await connection.execute(_WRITE, incarnation, rows)
-                await connection.executemany(_REMOVE, [(incarnation, *key) for key in change.removed])
-            await connection.executemany(_WRITE_MEMORY, list(memory_bytes.items()))
-        self._memory_bytes = memory_bytes
-        for incarnation, change in changes.items():
-            self._rows[incarnation] = change.after
+                try:
+                    async with connection.transaction():
+                        await _write(connection, incarnation, change, memory_bytes[incarnation])
+                except DATABASE_ERRORS:
+                    raise
+                except asyncpg.PostgresError:
+                    # What one worker says, and no column takes, hides no other worker's models. It is tried again.
+                    log.exception("models_of_worker_not_noted", incarnation=incarnation)
+                else:
+                    written.append(incarnation)
+        for incarnation in written:
+            self._rows[incarnation] = changes[incarnation].after
+            self._memory_bytes[incarnation] = memory_bytes[incarnation]
 
     async def _read(self, incarnations: list[str]) -> None:
         if not incarnations:

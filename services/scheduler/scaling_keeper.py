@@ -1,6 +1,6 @@
 """What the leader knows of each autoscaled resource from one look to the next: its load, and what was decided.
 
-Another leader begins with what is stored: the count that was wanted, which it holds to for the time of a fall, and what a
+Another leader begins with what is stored: the count that was wanted, which it holds to as if a crowd had just wanted it, and what a
 job and a worker were measured to be.
 """
 
@@ -12,6 +12,7 @@ from services.scheduler.queue_depths import QueueDepths
 from services.scheduler.scaling_policy import Need, ScalingMemory
 from services.scheduler.snapshot import Heard, ScalingState, Stored, StoredPlace, StoredResource
 from services.scheduler.states import PlaceState
+from services.scheduler.swap_cost import mean_swap_s
 from shared.messages import WorkerReport
 
 
@@ -69,6 +70,8 @@ class ScalingKeeper:
             0 if depth is None else depth.batch,
             oldest_s,
             now,
+            wait_s=resource.target_wait_s,
+            swap_s=mean_swap_s(reports.values()),
         )
         memory = self._memories.get(resource_id)
         if memory is None:
@@ -97,4 +100,4 @@ def _first_memory(resource: StoredResource, places: list[StoredPlace], now: floa
     """Begin with what was wanted, or with what there is: as if it had been needed until now."""
     active = sum(place.state != PlaceState.DRAINING for place in places)
     wanted = resource.wanted_count if resource.wanted_count is not None else active
-    return ScalingMemory(wanted=wanted, busy_at=now, needs=[Need(now, wanted)])
+    return ScalingMemory(wanted=wanted, busy_at=now, needs=[Need(now, wanted)], crowds=[Need(now, wanted)])

@@ -4,33 +4,50 @@ Work is counted in completion tokens' worth. `wanted_count` follows these rules;
 the matter, the rest work together.
 1. Blind (the broker does not answer, or the workers' reports are stale): hold what was wanted, and say so.
 2. Throughput never measured: one worker if there is any work, else hold.
-3. Steady need: arriving work, at the utilisation aimed at; or what runs now, in full batches, where that is more.
+3. Steady need: arriving work, at the utilisation aimed at; or what runs now, in full batches, where that is more. The
+   utilisation is lower where requests may wait for less than `LONG_WAIT_S`: what comes while a worker starts, and what
+   chance sends at once, then has to fit into those that are there.
 4. Waiting work that the workers there (and those on their way) will not have done by the time that a new one could be
-   ready: so much more that it is drained in `drain_target_s` from then on. What they will have done by then wants
-   nobody, for a new worker would come too late for it: swap before scale, and no worker for a passing crowd.
+   ready and have its model: so much more that it is drained in `drain_target_s` from then on. What they will have done
+   by then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
+   a model as a new one would, but not for its own start, so what merely waits for a swap starts nobody.
    Both are counted in workers, so one step goes to what is needed, also from zero.
-5. Any live job that runs or waits wants one worker; so does any batch job. More batch jobs want no more.
-6. Down slowly: wanted is the highest need of the last `down_window_s`, or of one start time where that is longer (an
-   idle worker is kept for as long as starting it again would cost).
-7. The last worker is kept until nothing was done for the idle time-out; then, with a minimum of 0, none is wanted.
-8. Bounds hold whatever the rules say, also while blind: a lowered maximum is obeyed at once.
+5. Crowds: a worker that is started for a crowd comes too late for one that is shorter than a start, but not for the next.
+   So many are wanted as would have kept every wait below the target, had they been there when it came (`crowds.py`), if
+   that is more than the need of 3 and 4. Where that is more than are ready, what it takes above what usually comes is
+   multiplied by `crowd_room`: the next crowd may be larger, and one that those ready can serve wants nobody.
+6. Any live job that runs or waits wants one worker; so does any line of a batch. More lines want no more, however many
+   run: they fill what live requests leave. A batch whose deadline needs more has a resource for itself.
+7. Down slowly: wanted is the highest need of the last `down_window_s`, and the highest of the crowds of
+   `crowd_windows` times as long; of one start time where that is longer (an idle worker is kept for as long as starting
+   it again would cost). After the idle time-out of nothing to do no crowd is remembered.
+8. The last worker is kept until nothing was done for the idle time-out; then, with a minimum of 0, none is wanted.
+9. Bounds hold whatever the rules say, also while blind: a lowered maximum is obeyed at once.
 """
 
 from __future__ import annotations
 
 import math
 
+import msgspec
 from msgspec import Struct
 
 REPORTS_STALE_S = 10.0
+SHORT_WAIT_S, LONG_WAIT_S = 1.0, 8.0
 
 
 class Tuning(Struct, frozen=True, kw_only=True):
     """What `loadtest.scaling` found; see its README for the curves."""
 
-    utilisation: float = 0.9
+    utilisation: float = 0.97
+    """A higher one lets queues grow; that they do not grow too long is for crowds (5) to see."""
+    short_wait_utilisation: float = 0.7
+    """Where requests may wait for `SHORT_WAIT_S` only; between that and `LONG_WAIT_S` it grows evenly."""
     drain_target_s: float = 30.0
-    down_window_s: float = 300.0
+    down_window_s: float = 200.0
+    crowd_room: float = 1.5
+    crowd_windows: float = 3.0
+    """Crowds are remembered for so many `down_window_s`."""
 
 
 TUNING = Tuning()
@@ -49,9 +66,11 @@ class Load(Struct, frozen=True, kw_only=True):
     ready_messages: int | None = None
     """Live jobs in the queues; None when the broker did not answer."""
     batch_messages: int = 0
+    """Lines of batches in the queue and at workers."""
     waiting_jobs: int = 0
-    """Jobs that workers hold and that do not run."""
+    """Live jobs that workers hold and that do not run."""
     running_sequences: int = 0
+    """Of live jobs."""
     remaining_tokens: int = 0
     """What the running jobs may still generate at most, as their workers report it."""
     reports_age_s: float = 0.0
@@ -61,6 +80,10 @@ class Load(Struct, frozen=True, kw_only=True):
     arriving_tokens_per_s: float = 0.0
     worker_tokens_per_s: float | None = None
     """Of one worker with a full batch; None until measured."""
+    crowd_workers: int = 0
+    """The fewest with which nobody would wait longer than the resource's target, had they always been there."""
+    swap_s: float = 0.0
+    """What a job waits for its model, on average."""
 
 
 class Supply(Struct, frozen=True, kw_only=True):
@@ -79,6 +102,7 @@ class ScalingMemory(Struct, frozen=True, kw_only=True):
     busy_at: float
     """When there was work last."""
     needs: list[Need] = []
+    crowds: list[Need] = []
 
 
 class ScalingDecision(Struct, frozen=True, kw_only=True):
@@ -99,6 +123,8 @@ def decide_count(
     memory: ScalingMemory,
     now: float,
     tuning: Tuning = TUNING,
+    *,
+    target_wait_s: float = LONG_WAIT_S,
 ) -> ScalingDecision:
     """Decide; the same values always give the same decision. bounds: (least, most)."""
     if load.ready_messages is None:
@@ -109,36 +135,72 @@ def decide_count(
     busy_at = now if has_work else memory.busy_at
     if not load.worker_tokens_per_s:
         count = max(memory.wanted, 1 if has_work else 0)
-        kept = ScalingMemory(wanted=count, busy_at=busy_at, needs=memory.needs)
+        kept = msgspec.structs.replace(memory, wanted=count, busy_at=busy_at)
         why = "work waits, and no worker's throughput is known" if has_work else "nothing was measured yet"
         count, why = _idle(count, why, idle_timeout_s, kept, now)
         return _bounded(bounds, count, why, None, None, kept)
-    need, why = _need(load, supply, load.ready_messages, load.worker_tokens_per_s, tuning)
-    need = max(need, 1 if has_work else 0)
+    utilisation = utilisation_for(target_wait_s, tuning)
+    steady, more = _need(
+        load, supply, load.ready_messages, load.worker_tokens_per_s, utilisation, tuning.drain_target_s
+    )
+    why = _why(load, supply, steady, more)
+    need = max(_whole(steady + more), 1 if has_work else 0)
+    crowd = load.crowd_workers if load.crowd_workers > need else 0
+    if crowd > max(supply.ready_workers, 1):
+        comes = load.arriving_tokens_per_s / load.worker_tokens_per_s / utilisation
+        crowd = max(_whole(comes + (crowd - comes) * tuning.crowd_room), crowd)
     needs = _remember(memory.needs, Need(now, need), now - max(tuning.down_window_s, supply.start_s))
-    count = needs[0].count
-    if count > need:
+    remembered = memory.crowds if now - busy_at < idle_timeout_s else []
+    crowds = _remember(
+        remembered, Need(now, crowd), now - max(tuning.down_window_s * tuning.crowd_windows, supply.start_s)
+    )
+    count = max(needs[0].count, crowds[0].count)
+    if needs[0].count == count > need:
         why += f"; {count} were needed {now - needs[0].at:.0f} s ago"
-    kept = ScalingMemory(wanted=memory.wanted, busy_at=busy_at, needs=needs)
+    elif count > needs[0].count:
+        why += f"; {count} for a crowd such as that of {now - crowds[0].at:.0f} s ago"
+    kept = ScalingMemory(wanted=memory.wanted, busy_at=busy_at, needs=needs, crowds=crowds)
     count, why = _idle(count, why, idle_timeout_s, kept, now)
     return _bounded(bounds, count, why, need, _drain_s(load, supply), kept)
 
 
+def utilisation_for(target_wait_s: float, tuning: Tuning) -> float:
+    share = (target_wait_s - SHORT_WAIT_S) / (LONG_WAIT_S - SHORT_WAIT_S)
+    room = tuning.utilisation - tuning.short_wait_utilisation
+    return tuning.short_wait_utilisation + room * min(max(share, 0.0), 1.0)
+
+
 def _need(
-    load: Load, supply: Supply, ready_messages: int, worker_tokens_per_s: float, tuning: Tuning
-) -> tuple[int, str]:
-    arriving, horizon_s = load.arriving_tokens_per_s, supply.start_s
+    load: Load,
+    supply: Supply,
+    ready_messages: int,
+    worker_tokens_per_s: float,
+    utilisation: float,
+    drain_target_s: float,
+) -> tuple[float, float]:
+    """Return (workers for what comes, workers for what waits)."""
+    arriving, start_s = load.arriving_tokens_per_s, supply.start_s
     waiting = (ready_messages + load.waiting_jobs) * load.job_tokens
-    steady = arriving / worker_tokens_per_s / tuning.utilisation
+    steady = arriving / worker_tokens_per_s / utilisation
     steady = max(steady, load.running_sequences / supply.max_batch)
-    served_s = supply.ready_workers * horizon_s + sum(min(age, horizon_s) for age in supply.starting_ages_s)
-    left = max(waiting + arriving * horizon_s - served_s * worker_tokens_per_s, 0.0) if waiting else 0.0
-    more = left / worker_tokens_per_s / tuning.drain_target_s
-    need = math.ceil(round(steady + more, 6))  # so that a sum such as 0.1 + 0.2 does not cost a worker
-    why = f"{arriving:.0f} tokens/s arrive, a worker does {worker_tokens_per_s:.0f}: {steady:.1f} workers"
+    # By when a new one is ready and has its model, those there have had as long without the swap that they wait for, too.
+    served_s = supply.ready_workers * start_s + sum(min(age, start_s) for age in supply.starting_ages_s)
+    left = max(waiting + arriving * start_s - served_s * worker_tokens_per_s, 0.0) if waiting else 0.0
+    return steady, left / worker_tokens_per_s / drain_target_s
+
+
+def _why(load: Load, supply: Supply, steady: float, more: float) -> str:
+    why = (
+        f"{load.arriving_tokens_per_s:.0f} tokens/s arrive, a worker does {load.worker_tokens_per_s:.0f}:"
+        f" {steady:.1f} workers"
+    )
     if more:
-        why += f", and {more:.1f} for what will still wait in {horizon_s:.0f} s"
-    return need, why
+        why += f", and {more:.1f} for what will still wait in {supply.start_s + load.swap_s:.0f} s"
+    return why
+
+
+def _whole(workers: float) -> int:
+    return math.ceil(round(workers, 6))  # so that a sum such as 0.1 + 0.2 does not cost a worker
 
 
 def _remember(needs: list[Need], need: Need, since: float) -> list[Need]:
@@ -164,6 +226,7 @@ def _drain_s(load: Load, supply: Supply) -> float:
     tokens = waiting * load.job_tokens
     tokens += min(load.remaining_tokens, load.running_sequences * load.job_tokens)
     start_s = 0.0 if supply.ready_workers else supply.start_s
+    start_s += load.swap_s if waiting else 0.0
     return start_s + tokens / load.worker_tokens_per_s / max(supply.ready_workers, 1)
 
 
@@ -186,5 +249,5 @@ def _bounded(
         why += f"; raised to the minimum of {least}"
     elif wanted < count:
         why += f"; cut to the maximum of {most}"
-    kept = ScalingMemory(wanted=wanted, busy_at=memory.busy_at, needs=memory.needs)
+    kept = msgspec.structs.replace(memory, wanted=wanted)
     return ScalingDecision(wanted=wanted, why=why, need=need, drain_s=drain_s, memory=kept)

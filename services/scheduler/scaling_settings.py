@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from services.scheduler.cron import DAY_S, is_time_zone, latest_start, next_start, parse_cron
+from shared.cron import DAY_S, is_time_zone, latest_start, next_start, parse_cron
 from shared.messages import ScalingWindow
 
 MAX_COUNT = 64
 MAX_WINDOWS = 16
 MAX_WINDOW_MINUTES = 7 * 24 * 60
 IDLE_TIMEOUTS_S = range(10, 7 * DAY_S + 1)
+TARGET_WAITS_S = range(1, 3601)
 MAX_NAME = 100
 
 

@@ -26,7 +26,7 @@ async def set_scaling(connection: Connection, command: SetScaling) -> str:
     least, most = command.min_count, command.max_count
     await connection.execute(
         """UPDATE scheduler.resources SET autoscaling = $2, min_count = $3, max_count = $4, idle_timeout_s = $6,
-               when_asleep = $7, fixed_count = CASE WHEN $2 THEN fixed_count ELSE $5 END,
+               when_asleep = $7, target_wait_s = $8, fixed_count = CASE WHEN $2 THEN fixed_count ELSE $5 END,
                scaling_version = scaling_version + 1, windows = '[]',
                min_now = NULL, max_now = NULL, window_now = NULL, bounds_until = NULL
            WHERE resource_id = $1""",
@@ -37,6 +37,7 @@ async def set_scaling(connection: Connection, command: SetScaling) -> str:
         most,
         command.idle_timeout_s,
         command.when_asleep,
+        command.target_wait_s,
     )
     await _set_windows(connection, command.resource_id, least, most, command.windows)
     words = f"between {least} and {most}" if command.autoscaling else f"fixed at {most}"

@@ -20,8 +20,8 @@ class SchedulerSettings(CommonSettings):
     """A large model on a cold disk takes minutes; a worker that takes longer is given up."""
     lost_after_s: float = env("ROUNDHOUSE_LOST_AFTER_S", 8.0, low=2.0, high=300.0)
     """Eight missed reports: longer than a loaded host stalls a process, shorter than a client waits."""
-    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 300.0, low=1.0, high=3600.0)
-    """Autoscaling goes down to the highest need of so long: what `loadtest.scaling` found."""
+    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 200.0, low=1.0, high=3600.0)
+    """Autoscaling goes down to the highest need of so long, and keeps three times as long what a crowd would have wanted."""
     drain_grace_s: float = env("ROUNDHOUSE_DRAIN_GRACE_S", 900.0, low=1.0, high=7200.0)
     """A drain cuts no job, so this is longer than any job's deadline."""
 

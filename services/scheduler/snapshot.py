@@ -55,6 +55,7 @@ class StoredResource(Struct, frozen=True, kw_only=True):
     min_count: int | None = None
     max_count: int | None = None
     idle_timeout_s: int = 600
+    target_wait_s: int = 10
     windows: list[ScalingWindow] = []
     scaling_version: int = 1
     min_now: int | None = None
@@ -257,6 +258,7 @@ def _scaling(resource: StoredResource, state: ScalingState | None) -> Scaling | 
         min_count=resource.fixed_count if resource.min_count is None else resource.min_count,
         max_count=resource.fixed_count if resource.max_count is None else resource.max_count,
         idle_timeout_s=resource.idle_timeout_s,
+        target_wait_s=resource.target_wait_s,
         windows=resource.windows,
         noted=noted,
     )

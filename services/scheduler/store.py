@@ -20,6 +20,7 @@ from services.scheduler.actions import (
     SetBounds,
     SetResource,
 )
+from services.scheduler.holds import end_holds
 from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Stored, StoredPlace, StoredResource
 from services.scheduler.views import ResourceView
@@ -52,7 +53,7 @@ _RESOURCES = """
     )
     SELECT r.resource_id, r.team_id, r.model_type, r.option_id, r.pool, r.wanted, r.fixed_count, r.state, r.reason,
            round(extract(epoch FROM r.expected_live_at), 3)::float8 AS expected_live_at,
-           r.autoscaling, r.min_count, r.max_count, r.idle_timeout_s, r.windows, r.scaling_version, r.min_now, r.max_now,
+           r.autoscaling, r.min_count, r.max_count, r.idle_timeout_s, r.target_wait_s, r.windows, r.scaling_version, r.min_now, r.max_now,
            r.window_now, r.wanted_count, r.job_tokens, r.worker_tokens_per_s, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
            o.device_kind, o.precision, o.max_batch, o.max_context_tokens, o.kv_tokens, o.hourly_rate_nanousd,
            f.failures, extract(epoch FROM f.last_failure_at)::float8 AS last_failure_at,
@@ -165,6 +166,12 @@ class Store:
                        reported_at = excluded.reported_at""",
                 rows,
             )
+
+    async def end_holds(self) -> list[str]:
+        """Turn off what was on for a time that is over. Raises `Fenced`, `Unavailable`."""
+        async with self._database.transaction() as connection:
+            await self._lease.fence(connection)
+            return await end_holds(connection)
 
     async def prune(self) -> None:
         """Delete one small batch of what is older than it is kept. Raises `Fenced`, `Unavailable`."""

@@ -32,7 +32,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """For a worker that was never ready: it has no job to finish."""
     backoff_first_s: float = 2.0
     backoff_longest_s: float = 300.0
-    exit_pause_s: float = 1.0
+    exit_pause_s: float = 0.2
     """Between the end of a worker that had been ready and the next start."""
     failures_until_failed: int = 5
     prove_every_s: float = 2.0
@@ -104,6 +104,7 @@ class Scaling(Struct, frozen=True, kw_only=True):
     min_count: int
     max_count: int
     idle_timeout_s: float
+    target_wait_s: float = 10.0
     windows: list[ScalingWindow] = []
     noted: Bounds | None = None
     """What was in force when windows were last looked at; None without windows."""

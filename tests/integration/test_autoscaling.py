@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ BATCH = 4
 @dataclass
 class Stand:
     fleet: Fleet
+    broker: Broker
     owner: Owner
     voids: list[JobVoided]
 
@@ -57,14 +59,20 @@ class Stand:
         )
         assert result.ok, result
 
-    async def ask(self, resource_id: str, tokens: int) -> tuple[str, list[int], Finished]:
-        job = stub_job(self.owner.queue, resource_id, max_tokens=tokens, deadline_s=100)
+    async def ask(
+        self, resource_id: str, tokens: int, deadline_s: float = 100
+    ) -> tuple[str, list[int], Finished]:
+        job = stub_job(self.owner.queue, resource_id, max_tokens=tokens, deadline_s=deadline_s)
         stream = await self.owner.submit(job, topology.job_queue(resource_id, "live"))
         return await read(stream)
 
     async def count(self, resource_id: str, *states: str) -> int:
         places = await self.fleet.places()
         return sum(p["resource_id"] == resource_id and (not states or p["state"] in states) for p in places)
+
+    async def waiting(self, resource_id: str) -> int:
+        """Jobs in its queue that no worker holds."""
+        return await self.broker.depth(topology.job_queue(resource_id, "live"))
 
     async def until_state(self, resource_id: str, state: str, timeout_s: float = 30) -> None:
         async def reached() -> bool:
@@ -75,8 +83,14 @@ class Stand:
 
 @pytest.fixture
 async def stand(tmp_path: Path, vhost: Vhost, module_database: str) -> AsyncIterator[Stand]:
+    async with running_stand(tmp_path, vhost.amqp_url, module_database) as running:
+        yield running
+
+
+@asynccontextmanager
+async def running_stand(tmp_path: Path, amqp_url: str, database_url: str) -> AsyncIterator[Stand]:
     async with AsyncExitStack() as stack:
-        fleet = await stack.enter_async_context(running_fleet(tmp_path, vhost.amqp_url, module_database))
+        fleet = await stack.enter_async_context(running_fleet(tmp_path, amqp_url, database_url))
         fleet.environment |= {
             "ROUNDHOUSE_WORKER_COMMAND": json.dumps([sys.executable, "-m", "loadtest.stub_worker"]),
             "ROUNDHOUSE_MODEL_STORE": str(stub_store(tmp_path / "store")),
@@ -84,7 +98,7 @@ async def stand(tmp_path: Path, vhost: Vhost, module_database: str) -> AsyncIter
             # So that a fall is seen within a test; the policy's own times have unit tests.
             "ROUNDHOUSE_SCALE_DOWN_S": "5",
         }
-        broker = await Broker.open(vhost.amqp_url, "test", stack)
+        broker = await Broker.open(amqp_url, "test", stack)
         voids: list[JobVoided] = []
 
         async def void(fact: JobVoided, headers: dict[str, str]) -> None:
@@ -94,7 +108,7 @@ async def stand(tmp_path: Path, vhost: Vhost, module_database: str) -> AsyncIter
         group = await stack.enter_async_context(asyncio.TaskGroup())
         await owner.start(group)
         try:
-            yield Stand(fleet, owner, voids)
+            yield Stand(fleet, broker, owner, voids)
         finally:
             for task in group._tasks.copy():
                 task.cancel()
@@ -105,6 +119,40 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.timeout(240)
+async def test_what_waits_at_a_busy_worker_goes_to_one_that_has_nothing_to_do(stand: Stand) -> None:
+    fleet = stand.fleet
+    fleet.start_scheduler()
+    fleet.start_agent()
+    resource_id = await stand.resource(1, 1)
+    await fleet.turn_on(resource_id)
+    await stand.until_state(resource_id, "live")
+    # After some seconds of short jobs it holds several that it cannot run yet.
+    await asyncio.wait_for(asyncio.gather(*(stand.ask(resource_id, 5) for _ in range(160))), 60)
+    jobs = [
+        stub_job(stand.owner.queue, resource_id, max_tokens=2000, deadline_s=200) for _ in range(2 * BATCH)
+    ]
+    queue = topology.job_queue(resource_id, "live")
+    streams = [await stand.owner.submit(job, queue) for job in jobs]
+    reading = [asyncio.create_task(read(stream)) for stream in streams]
+
+    async def is_held() -> bool:
+        return await stand.waiting(resource_id) == 0
+
+    await fleet.until(is_held, "the worker holds all jobs", 20)
+    assert sum(bool(stream.owned.attempt) for stream in streams) == BATCH
+    await stand.scale(resource_id, 2, 2)
+
+    async def all_begun() -> bool:
+        return all(stream.owned.attempt for stream in streams)
+
+    await fleet.until(all_begun, "all jobs have begun", 38)
+    assert not any(task.done() for task in reading), "they did not wait for the first ones, which take 40 s"
+    results = await asyncio.wait_for(asyncio.gather(*reading), 120)
+    assert [text for text, _, _ in results] == [whole_text(2000)] * len(jobs)
+    assert stand.voids == []
 
 
 @pytest.mark.slow
@@ -225,7 +273,13 @@ async def test_a_draining_worker_that_is_killed_counts_what_it_cut(stand: Stand,
     resource_id = await stand.resource(1, 3)
     await fleet.turn_on(resource_id)
     await fleet.until(lambda: fleet.is_live(resource_id), "live")
-    assert await cut_requests(free_port) == 0
+    assert await metric(free_port, "roundhouse_scheduler_cut_requests_total") == 0
+    ready = (f'roundhouse_resource_id="{resource_id}"', 'state="ready"')
+
+    async def is_counted() -> bool:
+        return await metric(free_port, "roundhouse_scheduler_places", *ready) == 1
+
+    await fleet.until(is_counted, "the next look counts it")
     asking = asyncio.create_task(stand.ask(resource_id, 1800))
     await asyncio.sleep(2.5)  # begun, and reported
     await fleet.turn_off(resource_id)
@@ -237,7 +291,7 @@ async def test_a_draining_worker_that_is_killed_counts_what_it_cut(stand: Stand,
     ((_, pid),) = fleet.workers().items()
     os.kill(pid, signal.SIGKILL)
     await stand.until_state(resource_id, "off")
-    assert await cut_requests(free_port) == 1
+    assert await metric(free_port, "roundhouse_scheduler_cut_requests_total") == 1
     rows = await fleet.database.fetch("SELECT words FROM scheduler.decisions WHERE action = 'free'")
     assert "1 requests that it was finishing were cut" in rows[0]["words"]
     # Nothing is lost even so: turned on again, another worker goes on where the first was stopped.
@@ -246,11 +300,12 @@ async def test_a_draining_worker_that_is_killed_counts_what_it_cut(stand: Stand,
     assert (text, end.outcome) == (whole_text(1800), "succeeded")
 
 
-async def cut_requests(ops_port: int) -> float:
+async def metric(ops_port: int, name: str, *labels: str) -> float:
+    """The first number of that name that has all these labels, among others."""
     url = f"http://127.0.0.1:{ops_port}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as reply:
         page = await reply.text()
-    (line,) = [
-        line for line in page.splitlines() if line.startswith("roundhouse_scheduler_cut_requests_total")
+    found = [
+        line for line in page.splitlines() if line.startswith(name) and all(label in line for label in labels)
     ]
-    return float(line.rpartition(" ")[2])
+    return float(found[0].rpartition(" ")[2]) if found else math.nan

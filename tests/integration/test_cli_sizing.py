@@ -12,6 +12,9 @@ import asyncpg
 import pytest
 
 from loadtest.stack import Stack, running_stack
+from services.cli.client import ApiClient, CliError
+from services.cli.resources import set_bounds
+from services.cli.settings import Server
 from tests.conftest import Servers, Vhost
 from tests.gateway_harness import ADMIN_KEY, Gateway, running_gateway
 from tests.integration.test_cli import roundhouse
@@ -67,7 +70,14 @@ async def test_a_size_is_told_and_set(gateway: Gateway) -> None:
     # Given a resource with settings of its own, only its bounds change
     resource = await make_resource(gateway, key)
     path = f"/api/resources/{resource['resource_id']}"
-    before = {"autoscaling": True, "min": 1, "max": 1, "idle_timeout_s": 77, "when_asleep": "refuse"}
+    before = {
+        "autoscaling": True,
+        "min": 1,
+        "max": 1,
+        "idle_timeout_s": 77,
+        "when_asleep": "refuse",
+        "target_wait_s": 30,
+    }
     assert (await gateway.call("PUT", f"{path}/scaling", before, key=key)).status == 200
     applied = await roundhouse(
         gateway.base, key, "size", *volumes, "--rpm-per-gpu", "100", "--apply", "main", "--json"
@@ -75,6 +85,25 @@ async def test_a_size_is_told_and_set(gateway: Gateway) -> None:
     assert applied.json["applied_to"] == "main"
     scaling = (await gateway.call("GET", path, key=key)).json["scaling"]
     assert {name: scaling[name] for name in before} == before | {"min": 2, "max": 16}
+
+
+class Overtaken(ApiClient):
+    """Somebody else sets the scaling between our reading and our writing it."""
+
+    def get_tagged(self, path: str, **query: str | None) -> tuple[dict[str, Any], str | None]:
+        read = super().get_tagged(path, **query)
+        super().put(f"{path}/scaling", {"autoscaling": True, "min": 3, "max": 5})
+        return read
+
+
+async def test_a_size_does_not_overwrite_settings_that_were_changed_meanwhile(gateway: Gateway) -> None:
+    key = await gateway.make_team("acme")
+    path = f"/api/resources/{(await make_resource(gateway, key))['resource_id']}"
+    client = Overtaken(Server(gateway.base, key, None))
+    with pytest.raises(CliError, match="precondition_failed"):
+        await asyncio.to_thread(set_bounds, client, "main", 2, 16)
+    scaling = (await gateway.call("GET", path, key=key)).json["scaling"]
+    assert (scaling["min"], scaling["max"]) == (3, 5)
 
 
 async def test_a_size_by_what_was_measured(gateway: Gateway) -> None:

@@ -28,19 +28,21 @@ async def test_scaling_settings_are_set_shown_and_bound_to_what_was_read(gateway
     await gateway.make_option(model["model_type"])
     resource = await make_resource(gateway, key, model["model_type"])
     assert resource["scaling"] == {
-        "autoscaling": False, "min": 1, "max": 1, "idle_timeout_s": 600, "when_asleep": "wake", "windows": [],
+        "autoscaling": False, "min": 1, "max": 1, "idle_timeout_s": 600, "when_asleep": "wake",
+        "target_wait_s": 10, "windows": [],
         "in_force": {"min": 1, "max": 1, "window": None, "until": None}, "wanted_gpus": None, "why": "",
     }  # fmt: skip
     path = f"/api/resources/{resource['resource_id']}"
 
     read = await gateway.call("GET", path, key=key)
-    body: dict[str, Any] = {"autoscaling": True, "min": 0, "max": 3, "windows": [OFFICE]}
+    body: dict[str, Any] = {"autoscaling": True, "min": 0, "max": 3, "target_wait_s": 25, "windows": [OFFICE]}
     changed = await gateway.call(
         "PUT", f"{path}/scaling", body, key=key, headers={"If-Match": read.headers["etag"]}
     )
     assert changed.status == 200, changed.body
     scaling = changed.json["scaling"]
     assert (scaling["autoscaling"], scaling["min"], scaling["max"]) == (True, 0, 3)
+    assert scaling["target_wait_s"] == 25
     assert scaling["windows"] == [OFFICE | {"time_zone": "UTC"}]
     assert (scaling["in_force"]["min"], scaling["in_force"]["max"], scaling["in_force"]["window"]) == (
         2, 8, "office",
@@ -63,6 +65,7 @@ async def test_scaling_settings_are_set_shown_and_bound_to_what_was_read(gateway
         ({"autoscaling": False}, "missing_parameter", "gpus"),
         ({"autoscaling": True, "min": 0, "max": 65}, "invalid_value", "max"),
         ({"autoscaling": False, "gpus": 1, "when_asleep": "maybe"}, "invalid_value", "when_asleep"),
+        ({"autoscaling": True, "min": 0, "max": 1, "target_wait_s": 0}, "invalid_value", "target_wait_s"),
         ({"autoscaling": False, "gpus": 1, "windows": [{**OFFICE, "min": -1}]}, "invalid_value", "windows[0].min"),
         # What only the scheduler can judge
         ({"autoscaling": False, "gpus": 1, "windows": [{**OFFICE, "start": "0 25 * * *"}]}, "invalid_value", None),

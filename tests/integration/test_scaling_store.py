@@ -10,7 +10,7 @@ import pytest
 
 from services.scheduler.actions import FreePlace, GrantPlace, SetBounds
 from services.scheduler.scaling_settings import Bounds
-from services.scheduler.snapshot import Heard, Memory, decide_all
+from services.scheduler.snapshot import Decided, Heard, Memory, decide_all
 from services.scheduler.views import Limits
 from services.scheduler.writes import StaleView
 from shared.messages import ScaleResource, ScalingWindow, SetQuota, SetScaling, TurnOnResource
@@ -33,6 +33,7 @@ async def set_scaling(tables: Tables, resource: str, **changes: Any) -> Any:
         "max_count": 2,
         "idle_timeout_s": 900,
         "when_asleep": "refuse",
+        "target_wait_s": 4,
     }
     return await tables.run(SetScaling, **(fields | changes))
 
@@ -65,7 +66,10 @@ async def test_settings_are_stored_shown_and_done_once(tables: Tables) -> None:
         2,
         900,
     )
-    assert (now["when_asleep"], now["scaling_version"]) == ("refuse", 2)
+    assert (now["when_asleep"], now["target_wait_s"], now["scaling_version"]) == ("refuse", 4, 2)
+    assert [each.target_wait_s for each in (await tables.store.load()).resources] == []
+    await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
+    assert [each.target_wait_s for each in (await tables.store.load()).resources] == [4]
     assert (now["min_now"], now["max_now"], now["window_now"], now["bounds_until"]) == (0, 2, None, None)
     words = await tables.database.fetchrow("SELECT words FROM scheduler.decisions WHERE action = 'scaled'")
     assert words is not None and words["words"] == "between 0 and 2 by test"
@@ -179,3 +183,32 @@ async def test_quotas_bound_a_team_and_all_teams_in_the_database_itself(tables: 
     await grant(tables, 3)
     stored = await tables.store.load()
     assert stored.quotas == {"every_team": 4, "platform": 9}
+
+
+async def test_two_teams_have_quotas_of_their_own_and_share_the_platforms(tables: Tables) -> None:
+    async def grant_to(resource_id: str, place: int) -> None:
+        decided = decide_all(await tables.store.load(), Heard({}, {}, None), Memory(), Limits())
+        (one,) = [each for each in decided if each.resource.resource_id == resource_id]
+        action = GrantPlace(place, "n1", f"cpu:{place}", 1, "words")
+        await tables.store.apply(Decided(one.resource, one.view, [action]))
+
+    for scope, places in (("every_team", 9), ("platform", 4), ("t1", 2)):
+        assert (await tables.run(SetQuota, scope=scope, places=places)).ok
+    mine = await tables.resource("mine", count=2)
+    also_mine = await tables.resource("also-mine", count=2)
+    theirs = await tables.resource("theirs", count=6, team_id="t2")
+    for team_id, resource_id in (("t1", mine), ("t1", also_mine), ("t2", theirs)):
+        assert (await tables.run(TurnOnResource, team_id=team_id, resource_id=resource_id)).ok
+    await grant_to(mine, 0)
+    await grant_to(also_mine, 0)
+    with pytest.raises(StaleView):
+        await grant_to(also_mine, 1)  # the team's, over all that it has
+    await grant_to(theirs, 0)
+    await grant_to(theirs, 1)
+    with pytest.raises(StaleView):
+        await grant_to(theirs, 2)  # the platform's: two of four are the other team's
+    taken = await tables.database.fetch(
+        "SELECT team_id, count(*) AS places FROM scheduler.places JOIN scheduler.resources USING (resource_id)"
+        " GROUP BY team_id ORDER BY team_id"
+    )
+    assert [tuple(each) for each in taken] == [("t1", 2), ("t2", 2)]

@@ -164,6 +164,62 @@ async def test_a_frozen_leader_is_replaced_and_refused_when_it_wakes(fleet: Flee
     fleet.assert_no_double()
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_standby_works_within_ten_seconds_of_its_leaders_end_as_they_are_set_up(
+    fleet: Fleet, how: signal.Signals
+) -> None:
+    for name in ("ROUNDHOUSE_LEASE_S", "ROUNDHOUSE_SCHEDULER_TICK_S"):
+        del fleet.environment[name]  # what everybody has
+    first = fleet.start_scheduler()
+    fleet.start_agent()
+    resource_id = await live_resource(fleet, 1)
+    fleet.start_scheduler()
+    await asyncio.sleep(3)  # the standby has connected, and hears the reports
+    first.send_signal(how)
+    ended_s = time.monotonic()
+    # Written as a command would: whoever runs commands, only a leader acts on what is wanted.
+    await fleet.database.execute(
+        "UPDATE scheduler.resources SET fixed_count = 2 WHERE resource_id = $1", resource_id
+    )
+
+    async def acts() -> bool:
+        return len(await fleet.places()) == 2
+
+    await fleet.until(acts, "the standby grants a place", 30)
+    took_s = time.monotonic() - ended_s
+    assert took_s < 10, took_s
+    fleet.assert_no_double()
+
+
+async def test_one_of_three_ready_is_live_and_says_what_the_others_wait_for(fleet: Fleet) -> None:
+    fleet.start_scheduler()
+    fleet.start_agent(ROUNDHOUSE_DEVICES="cpu:0")
+    resource_id = await fleet.create_resource(3)
+    await fleet.turn_on(resource_id)
+    await fleet.until(lambda: fleet.is_live(resource_id, 1), "live with one")
+
+    async def says_why() -> bool:
+        reason = await fleet.database.fetchval("SELECT reason FROM scheduler.resources")
+        return bool(reason == "1 of 3 ready; no free cpu device on any node")
+
+    await fleet.until(says_why, "the reason is shown")
+    fleet.start_agent(ROUNDHOUSE_NODE_ID=f"{fleet.node_id}-b", ROUNDHOUSE_DEVICES="cpu:0,cpu:1")
+
+    async def all_three() -> bool:
+        return [place["state"] for place in await fleet.places()] == ["ready"] * 3
+
+    try:
+        await fleet.until(all_three, "the others come with another node")
+        assert await fleet.state(resource_id) == "live"
+    finally:
+        await fleet.turn_off(resource_id)
+
+        async def off() -> bool:
+            return await fleet.state(resource_id) == "off"
+
+        await fleet.until(off, "off")
+
+
 async def test_failing_starts_back_off_and_are_forgiven_when_it_is_turned_on_again(fleet: Fleet) -> None:
     fleet.start_scheduler()
     fleet.start_agent()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.chart import HEIGHT, WIDTH, Line, Panel, write_png
-from loadtest.scaling import Point, compare, frontier, hours_at
+from loadtest.scaling import Point, closest, compare, frontier, hours_at, work_hours
 from loadtest.scaling_rules import Fixed, Keda, Ours, RayServe
 from loadtest.scaling_simulation import Arrival, Machine, Worker, World
 from loadtest.scaling_traces import TRACES, azure
@@ -102,10 +102,17 @@ def test_ours_follows_steps_up_at_once_and_down_after_its_window_without_flappin
     outcome = World(machine, TRACES["steps"]()).run(Ours((1, 16), TUNING), 1, 3600.0)
     taken = [count for at, _, count, _ in outcome.samples if 1400 <= at < 2400]
     assert min(taken) >= 3, "too few for the busy time"
-    ends = [count for at, _, count, _ in outcome.samples if at > 2400 + TUNING.down_window_s + 120]
+    window_s = TUNING.down_window_s * TUNING.crowd_windows
+    ends = [count for at, _, count, _ in outcome.samples if at > 2400 + window_s + 120]
     assert max(ends) <= 2, "still as many as in the busy time"
     changes = sum(a != b for a, b in itertools.pairwise(taken[20:]))
     assert changes <= 6, f"{changes} changes at a constant load"
+
+
+def test_the_work_itself_is_what_full_batches_take() -> None:
+    # Eight jobs of 100 tokens, and 400 prompt tokens at a tenth: a token for each of eight every 20 ms.
+    arrivals = [Arrival(0.0, 50, 100)] * 8
+    assert work_hours(arrivals, Machine(start_s=0.0)) * 3600 == pytest.approx((800 + 40) * 0.02 / 8)
 
 
 def test_ours_sleeps_and_wakes() -> None:
@@ -136,7 +143,19 @@ def test_frontier_and_comparison() -> None:
     assert [(row.ours, row.theirs, row.ratio) for row in rows] == [
         (4.0, 5.0, 1.25),
         (4.0, 4.0, 1.0),
+        (4.0, 4.0, 1.0),
     ]
+
+
+def test_others_come_closest_at_whatever_share_that_is() -> None:
+    theirs = [Point("a", 9.0, 0.0), Point("b", 5.0, 0.004), Point("c", 4.5, 0.02), Point("d", 1.0, 0.4)]
+    ours = [Point("o", 6.0, 0.002), Point("p", 4.0, 0.015)]
+    found = closest(ours, theirs)
+    assert found is not None and (found[0].setting, found[1].setting) == ("b", "o")
+    rows = compare("x", {"ours": ours, "keda": theirs})
+    assert rows[-1].name == "x, where others come closest: 0.40% late"
+    assert rows[-1].ratio == pytest.approx(5 / 6) and rows[-1].is_below_floor
+    assert closest(ours, [Point("a", 9.0, 0.0005)]) is None, "two or three requests decide"
 
 
 def test_a_picture_is_a_png_of_the_panels(tmp_path: Path) -> None:

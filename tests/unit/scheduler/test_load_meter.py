@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from services.scheduler.load_meter import LoadMeter, Measured
+from services.scheduler.scaling_policy import ScalingMemory, Supply, decide_count
 from shared.messages import WorkerReport
 
 
@@ -91,9 +92,75 @@ def test_what_is_known_from_before_begins_and_what_is_measured_takes_over() -> N
     assert meter.measured() == known
     assert LoadMeter(max_batch=8).measured() is None
     for second in range(200):
-        done = report(completion_tokens=second * 40, left_jobs=second, stream_s=second * 4.0)
+        done = report(
+            completion_tokens=second * 40, left_jobs=second, stream_s=second * 4.0, running_sequences=8
+        )
         meter.look({"i": done}, 0, 0, 0.0, float(second))
     measured = meter.measured()
     assert measured is not None
     assert measured.job_tokens == pytest.approx(40.0, rel=0.02)
     assert measured.worker_tokens_per_s == pytest.approx(80.0, rel=0.15)
+
+
+def test_a_batch_that_keeps_a_worker_full_is_measured_and_wants_no_second_one() -> None:
+    """Eight lines run all the time, two live requests a minute beside them."""
+    meter = LoadMeter(max_batch=8)
+    for second in range(301):
+        lines, live = second * 2, second // 30
+        said = report(
+            completion_tokens=(lines + live) * 50,
+            left_jobs=lines + live,
+            stream_s=second * 8.0,
+            held_jobs=20,
+            running_sequences=8,
+            waiting_jobs=12,
+            batch_held_jobs=20,
+            batch_waiting_jobs=12,
+            batch_sequences=8,
+            batch_left_jobs=lines,
+        )
+        meter.look({"i": said}, 0, 5000, 0.5, 1000.0 + second)
+    load = meter.load()
+    assert load.worker_tokens_per_s == pytest.approx(101.7, rel=0.01)
+    assert load.job_tokens == pytest.approx(50.0)
+    assert load.arriving_tokens_per_s < 5.0
+    assert (load.running_sequences, load.waiting_jobs, load.batch_messages) == (0, 0, 5020)
+    supply = Supply(ready_workers=1, starting_ages_s=[], max_batch=8, start_s=20.0)
+    memory = ScalingMemory(wanted=1, busy_at=1300.0)
+    assert decide_count(load, supply, (0, 8), 60.0, memory, 1300.0).wanted == 1
+    # The last lines are with the worker: it is not idle.
+    meter.look({"i": said}, 0, 0, 0.5, 1301.0)
+    assert decide_count(meter.load(), supply, (0, 8), 60.0, memory, 9000.0).wanted == 1
+
+
+def test_a_nearly_full_batch_tells_more_of_a_full_one_than_an_empty_one_does() -> None:
+    """A stream alone does 80 tokens a second, each of eight 50: eight times 80 is what no worker does."""
+    meter = LoadMeter(max_batch=8)
+    tokens = stream_s = 0.0
+    for second in range(1, 901):
+        full = second % 30 < 4
+        tokens, stream_s = tokens + (400 if full else 80), stream_s + (8 if full else 1)
+        said = report(
+            completion_tokens=int(tokens),
+            left_jobs=second,
+            stream_s=stream_s,
+            running_sequences=8 if full else 1,
+        )
+        meter.look({"i": said}, 0, 0, 0.0, float(second))
+    assert meter.load().worker_tokens_per_s == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize(("wait_s", "workers"), [(10.0, 6), (20.0, 3), (3600.0, 1)])
+def test_a_crowd_wants_as_many_as_would_have_kept_every_wait_below_the_target(
+    wait_s: float, workers: int
+) -> None:
+    known = Measured(job_tokens=100.0, worker_tokens_per_s=100.0)
+    meter = LoadMeter(max_batch=8, known=known)
+    meter.look({}, 0, 0, 0.0, 0.0, wait_s=wait_s)
+    assert meter.load().crowd_workers == 0
+    meter.look({}, 60, 0, 0.0, 1.0, wait_s=wait_s)  # a minute's work of one worker
+    assert meter.load().crowd_workers == workers
+    # As its real queue stays, nothing more comes: in thought it is done after a minute, even by one.
+    for second in range(2, 62):
+        meter.look({}, 60, 0, 0.0, float(second), wait_s=wait_s)
+    assert meter.load().crowd_workers == 0

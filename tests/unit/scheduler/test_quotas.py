@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from services.scheduler.actions import GrantPlace, SetResource
 from services.scheduler.command_rules import problem_of
@@ -65,6 +67,27 @@ def test_one_look_grants_all_resources_of_a_team_together_no_more_than_there_is(
     stored = Stored(now=NOW, resources=[make_row("r1"), make_row("r2")], places=[], quotas=quotas)
     decided = decide_all(stored, Heard({"n1": (report, NOW)}, {}, NOW - 60), Memory(), Limits())
     assert sum(isinstance(a, GrantPlace) for each in decided for a in each.actions) == granted
+
+
+@pytest.mark.parametrize(
+    ("quotas", "granted"),
+    [
+        ({"every_team": 99, "platform": 99, "a": 1}, {"a": 1, "b": 3}),
+        ({"every_team": 2, "platform": 99, "b": 3}, {"a": 2, "b": 3}),
+        ({"every_team": 2, "platform": 3}, {"a": 2, "b": 1}),
+        ({"every_team": 99, "platform": 99, "a": 0}, {"b": 3}),
+    ],
+)
+def test_a_team_at_its_quota_holds_up_no_other_and_all_share_what_the_platform_has(
+    quotas: dict[str, int], granted: dict[str, int]
+) -> None:
+    devices = [NodeDevice(device=f"cpu:{index}", kind="cpu") for index in range(8)]
+    report = NodeReport(node_id="n1", agent_id="a", sent_unix_ms=0, devices=devices, processes=[])
+    rows = [replace(make_row(f"r_{team}"), team_id=team, fixed_count=3) for team in ("a", "b")]
+    stored = Stored(now=NOW, resources=rows, places=[], quotas=quotas)
+    decided = decide_all(stored, Heard({"n1": (report, NOW)}, {}, NOW - 60), Memory(), Limits())
+    teams = [each.resource.team_id for each in decided for a in each.actions if isinstance(a, GrantPlace)]
+    assert Counter(teams) == granted
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_free_places_are_granted_lowest_first_within_the_bound(
         {"free_devices": []},
         {"free_devices": [FreeDevice("node-1", "cuda:0", "cuda")]},
         {"failures": 1, "last_failure_at": NOW - 1.9},
-        {"last_exit_at": NOW - 0.9},
+        {"last_exit_at": NOW - 0.1},
         {"observing_since": None},
     ],
 )
@@ -186,7 +186,7 @@ def test_the_back_off_doubles_to_five_minutes(failures: int, expected_s: float) 
     [
         ({}, NOW),
         ({"failures": 3, "last_failure_at": NOW - 3}, NOW + 5),
-        ({"last_exit_at": NOW}, NOW + 1),
+        ({"last_exit_at": NOW}, NOW + 0.2),
         ({"failures": 1, "last_failure_at": NOW - 60}, NOW - 58),
     ],
 )

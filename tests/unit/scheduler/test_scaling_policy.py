@@ -17,10 +17,11 @@ from services.scheduler.scaling_policy import (
     Supply,
     Tuning,
     decide_count,
+    utilisation_for,
 )
 
 NOW = 10_000.0
-TUNING = Tuning(utilisation=0.8, drain_target_s=10.0, down_window_s=180.0)
+TUNING = Tuning(utilisation=0.8, drain_target_s=10.0, down_window_s=180.0, crowd_room=1.5, crowd_windows=2.5)
 CALM = Load(
     ready_messages=0,
     reports_age_s=1.0,
@@ -49,10 +50,24 @@ def decide(
     idle_s: float = 1.0,
     bounds: tuple[int, int] = (0, 8),
     needs: list[Need] | None = None,
+    crowds: list[Need] | None = None,
     now: float = NOW,
+    target_wait_s: float = 10.0,
 ) -> ScalingDecision:
-    memory = ScalingMemory(wanted=wanted, busy_at=now - idle_s, needs=needs or [])
-    return decide_count(load, supply, bounds, 300.0, memory, now, TUNING)
+    memory = ScalingMemory(wanted=wanted, busy_at=now - idle_s, needs=needs or [], crowds=crowds or [])
+    return decide_count(load, supply, bounds, 300.0, memory, now, TUNING, target_wait_s=target_wait_s)
+
+
+@pytest.mark.parametrize(
+    ("target_wait_s", "utilisation"),
+    [(0.5, 0.5), (1.0, 0.5), (4.5, 0.65), (8.0, 0.8), (10.0, 0.8), (3600.0, 0.8)],
+)
+def test_who_may_wait_less_finds_more_room(target_wait_s: float, utilisation: float) -> None:
+    tuning = msgspec.structs.replace(TUNING, short_wait_utilisation=0.5)
+    assert utilisation_for(target_wait_s, tuning) == pytest.approx(utilisation)
+    # 390 tokens/s, by workers of 100 that are kept so busy.
+    wanted = decide(load(arriving_tokens_per_s=390.0), target_wait_s=1.0).wanted
+    assert (wanted, decide(load(arriving_tokens_per_s=390.0)).wanted) == (6, 5)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +102,22 @@ def decide(
         # Those on their way count from when they will be ready: this one has half of its start behind it.
         (decide(load(ready_messages=80), supply(starting_ages_s=[30.0]), wanted=2), 1, ""),
         (decide(load(ready_messages=80), supply(starting_ages_s=[5.0]), wanted=2), 2, "1.5 for"),
+        # A swap delays what waits on a worker that is there as on a new one: it starts nobody.
+        (decide(load(ready_messages=60, swap_s=30.0)), 1, "0.0 workers"),
+        (decide(load(ready_messages=80, swap_s=30.0)), 2, "2.0 for what will still wait in 90 s"),
+        # A crowd that those wanted can serve wants nobody; a larger one half as many again above the steady need.
+        (decide(load(crowd_workers=4), supply(ready_workers=4), wanted=4), 4, "4 for a crowd such as that of 0 s ago"),
+        (decide(load(crowd_workers=4), wanted=3), 6, "6 for a crowd"),
+        (decide(load(crowd_workers=4, arriving_tokens_per_s=160.0), wanted=3), 5, "5 for a crowd"),
+        (decide(load(crowd_workers=2, arriving_tokens_per_s=320.0), wanted=1), 4, "4.0 workers"),
+        # Above what usually comes, not above what a crowd makes run
+        (decide(load(crowd_workers=3, running_sequences=16), supply(ready_workers=2), wanted=2), 5, "5 for a crowd"),
+        (decide(load(crowd_workers=64), wanted=3), 8, "cut to the maximum of 8"),
+        (decide(load(), wanted=5, crowds=[Need(NOW - 449, 5)]), 5, "5 for a crowd such as that of 449 s ago"),
+        (decide(load(), wanted=5, crowds=[Need(NOW - 451, 5)]), 1, "the last worker is kept"),
+        (decide(load(), supply(start_s=900.0), wanted=5, crowds=[Need(NOW - 601, 5)]), 5, "5 for a crowd"),
+        (decide(load(), wanted=5, idle_s=299.0, crowds=[Need(NOW - 299, 5)]), 5, "5 for a crowd"),
+        (decide(load(), wanted=5, idle_s=300.0, crowds=[Need(NOW - 299, 5)]), 0, "nothing to do for 300 s"),
         # Batch jobs want one worker, and no more
         (decide(load(batch_messages=10_000), NONE, wanted=0), 1, ""),
         (decide(load(), NONE, wanted=0, idle_s=9999.0), 0, ""),
@@ -112,6 +143,7 @@ def test_rules(decision: ScalingDecision, wanted: int, words: str) -> None:
         (decide(load(ready_messages=30)), 30.0),
         (decide(load(ready_messages=20, waiting_jobs=10), supply(ready_workers=3)), 10.0),
         (decide(load(ready_messages=30), NONE), 90.0),
+        (decide(load(ready_messages=30, swap_s=2.0)), 32.0),
         # Running jobs count by what they may still do at most, or by a mean job each, whichever is less.
         (decide(load(running_sequences=2, remaining_tokens=50)), 0.5),
         (decide(load(running_sequences=2, remaining_tokens=8192)), 2.0),
@@ -134,6 +166,8 @@ loads = st.builds(
     job_tokens=st.floats(0, 1e4),
     arriving_tokens_per_s=st.floats(0, 1e4),
     worker_tokens_per_s=st.none() | st.floats(1, 1e4),
+    crowd_workers=st.integers(0, 64),
+    swap_s=st.floats(0, 60),
 )
 supplies = st.builds(
     Supply,
@@ -176,7 +210,7 @@ def test_a_constant_load_does_not_flap(load: Load, supply: Supply, looks: int) -
         decision = decide_count(load, supply, (0, 12), 300.0, memory, NOW + look, TUNING)
         memory = msgspec.structs.replace(decision.memory, busy_at=NOW + look)
         seen.append(decision.wanted)
-        assert len(memory.needs) <= 1
+        assert len(memory.needs) <= 1 and len(memory.crowds) <= 2
     assert len(set(seen[1:])) == 1
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from services.scheduler.actions import GrantPlace, MovePlace, SetBounds, SetResource
 from services.scheduler.command_rules import problem_of
-from services.scheduler.cron import DAY_S
-from services.scheduler.reconcile import reconcile
+from services.scheduler.reconcile import reconcile, wanted_count
+from services.scheduler.scaling_policy import Load
 from services.scheduler.scaling_settings import Bounds, bounds_at
 from services.scheduler.states import ResourceState
 from services.scheduler.views import FreeDevice, ResourceView, Scaling
+from shared.cron import DAY_S
 from shared.messages import ScalingWindow, SetScaling
 from tests.unit.scheduler.builders import NOW, make_place, make_view
 
@@ -88,6 +90,8 @@ def window(**changes: Any) -> list[ScalingWindow]:
         ({"autoscaling": False}, "one number"),
         ({"idle_timeout_s": 9}, "idle_timeout_s must be between 10 and 604800"),
         ({"idle_timeout_s": 604_801}, "idle_timeout_s"),
+        ({"target_wait_s": 0}, "target_wait_s must be between 1 and 3600"),
+        ({"target_wait_s": 3601}, "target_wait_s"),
         ({"windows": window(name="")}, "windows[0].name"),
         ({"windows": window(name="a\nb")}, "windows[0].name"),
         ({"windows": window(duration_minutes=0)}, "windows[0].duration_minutes must be between 1 and 10080"),
@@ -152,6 +156,16 @@ def always(least: int, most: int) -> list[ScalingWindow]:
 
 def turned(view: ResourceView) -> list[SetBounds]:
     return [action for action in reconcile(view) if isinstance(action, SetBounds)]
+
+
+@pytest.mark.parametrize(("target_wait_s", "wanted"), [(1.0, 2), (10.0, 1)])
+def test_who_may_wait_less_is_given_more_room(target_wait_s: float, wanted: int) -> None:
+    """80 tokens/s by workers that do 100: 0.8 of one is over what those have room for whose requests hardly wait."""
+    view = scaled(make_place(0), least=0, most=5)
+    assert view.scaling is not None
+    measured = Load(ready_messages=1, job_tokens=10.0, arriving_tokens_per_s=80.0, worker_tokens_per_s=100.0)
+    scaling = replace(view.scaling, target_wait_s=target_wait_s, load=measured)
+    assert wanted_count(replace(view, scaling=scaling)) == wanted
 
 
 def test_at_least_the_minimum_is_granted() -> None:

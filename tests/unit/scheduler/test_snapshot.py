@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from services.scheduler import snapshot
 from services.scheduler.actions import Action, GrantPlace
@@ -152,3 +153,13 @@ def test_a_bug_about_one_resource_holds_up_no_other(monkeypatch: pytest.MonkeyPa
     assert (first.actions, type(first.error)) == ([], IllegalTransition)
     assert second.error is None
     assert any(isinstance(action, GrantPlace) for action in second.actions)
+
+
+def test_a_view_has_its_resource_s_settings() -> None:
+    row = replace(
+        make_row("r1"), autoscaling=True, min_count=0, max_count=3, idle_timeout_s=900, target_wait_s=4
+    )
+    scaling = snapshot._scaling(row, None)
+    assert scaling is not None
+    assert (scaling.min_count, scaling.max_count) == (0, 3)
+    assert (scaling.idle_timeout_s, scaling.target_wait_s) == (900, 4)

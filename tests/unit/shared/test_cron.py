@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.cron import DAY_S, is_time_zone, latest_start, next_start, parse_cron
+from shared.cron import DAY_S, is_time_zone, latest_start, next_start, parse_cron
 
 WEEK_S = 7 * DAY_S
 
