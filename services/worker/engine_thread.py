@@ -17,7 +17,7 @@ from typing import Protocol
 
 import structlog
 
-from services.worker.engine import EngineRefusal, ModelInfo, SequenceRequest, StepReport
+from services.worker.engine import EngineRefusal, ModelInfo, Sampling, SequenceRequest, StepReport
 
 log = structlog.get_logger()
 
@@ -34,7 +34,8 @@ class EnginePort(Protocol):
     def load_model(self, handle: str, folder: Path) -> ModelInfo: ...
     def load_image(self, handle: str, path: Path, key: str, *, ask_canary: bool) -> ModelInfo: ...
     def load_adapter(self, handle: str, base_handle: str, folder: Path) -> ModelInfo: ...
-    def unload_model(self, handle: str) -> None: ...
+    def unload_model(self, handle: str, *, keep_prefixes: bool) -> None: ...
+    def forget_prefixes(self) -> None: ...
     def add(self, request: SequenceRequest) -> None: ...
     def cancel(self, sequence_id: str) -> None: ...
     def step(self) -> StepReport: ...
@@ -91,8 +92,15 @@ class EngineThread:
         """As `load`, from an image."""
         return await asyncio.to_thread(self._engine.load_image, handle, path, key, ask_canary=ask_canary)
 
+    def forget_prefixes(self) -> None:
+        """Before the next step."""
+        self._commands.put(self._engine.forget_prefixes)
+
     async def unload(self, handle: str) -> None:
-        """Free a model between two steps. Raises `ValueError` while a sequence of it lives."""
+        """Free a model between two steps. Raises `ValueError` while a sequence of it lives.
+
+        What was computed for it is kept while nobody needs the room: a handle names a revision, whose weights never change.
+        """
         done: asyncio.Future[None] = self._loop.create_future()
 
         def settle(error: Exception | None) -> None:
@@ -101,8 +109,35 @@ class EngineThread:
 
         def run() -> None:
             try:
-                self._engine.unload_model(handle)
+                self._engine.unload_model(handle, keep_prefixes=True)
             except ValueError as error:
+                self._loop.call_soon_threadsafe(settle, error)
+            else:
+                self._loop.call_soon_threadsafe(settle, None)
+
+        self._commands.put(run)
+        await done
+
+    async def warm_up(self, handle: str) -> None:
+        """Generate two tokens with a loaded model before anybody's job: what a device does only once is done then.
+
+        Nobody sees them, and nothing counts them. Raises `EngineRefusal`, and whatever a step raises.
+        """
+        done: asyncio.Future[None] = self._loop.create_future()
+        request = SequenceRequest(
+            "warm-up/0/0", handle, "", (0,), 2, Sampling(temperature=0.0, ignore_eos=True)
+        )
+
+        def settle(error: Exception | None) -> None:
+            if not done.cancelled():
+                done.set_exception(error) if error else done.set_result(None)
+
+        def run() -> None:
+            try:
+                self._engine.add(request)
+                while self._engine.has_work:
+                    self._engine.step()
+            except Exception as error:  # noqa: BLE001 - it is raised where the caller waits
                 self._loop.call_soon_threadsafe(settle, error)
             else:
                 self._loop.call_soon_threadsafe(settle, None)

@@ -107,6 +107,11 @@ class Held:
     started_unix_ns: int | None = None
     prefilled_unix_ns: int | None = None
     first_token_unix_ns: int | None = None
+    paused_unix_ns: int | None = None
+    """Since when it has been paused, while it is."""
+    paused_prefill_ns: int = 0
+    paused_decode_ns: int = 0
+    """In pauses that are over, by the stage that they broke."""
 
     @property
     def model(self) -> ModelKey:
@@ -127,14 +132,27 @@ class Held:
             self._list_inputs()
         self.prompt_logprobs = []
         self.prefilled = set()
-        self.started_unix_ns = self.prefilled_unix_ns = self.first_token_unix_ns = None
+        self.started_unix_ns = self.prefilled_unix_ns = self.first_token_unix_ns = self.paused_unix_ns = None
+        self.paused_prefill_ns = self.paused_decode_ns = 0
 
     def pause(self) -> None:
         """running -> paused. What its sequences still report, on their way from the engine, is of an old run then."""
         self.state = HeldState.PAUSED
         self.pauses += 1
         self.paused_s = time.monotonic()
+        self.paused_unix_ns = time.time_ns()
         self._list_inputs()
+
+    def end_pause(self, now_unix_ns: int) -> None:
+        """It goes on, or ends."""
+        if self.paused_unix_ns is None:
+            return
+        paused_ns = max(0, now_unix_ns - self.paused_unix_ns)
+        if self.prefilled_unix_ns is None:
+            self.paused_prefill_ns += paused_ns
+        else:
+            self.paused_decode_ns += paused_ns
+        self.paused_unix_ns = None
 
     def _list_inputs(self) -> None:
         open_inputs = [index for index, vector in enumerate(self.vectors) if vector is None]
@@ -194,6 +212,7 @@ def next_embed_request(held: Held, job: EmbedJob) -> SequenceRequest | None:
         max_tokens=0,
         sampling=Sampling(),
         pooling=job.pooling,
+        background=job.work_class == "batch",
     )
 
 
@@ -230,6 +249,7 @@ def _sequence_requests(held: Held, job: GenerateJob) -> list[SequenceRequest]:
                 stop_token_ids=tuple(job.stop_token_ids),
                 prior_tokens=choice.tokens,
                 echo_logprobs=params.echo_logprobs and index == 0 and not held.prompt_logprobs,
+                background=job.work_class == "batch",
             )
         )
     return requests
@@ -279,18 +299,22 @@ def repeated(held: Held, choice: int, token_start: int) -> TokenDelta | None:
 
 
 def timings(held: Held, now_unix_ns: int) -> Timings:
-    """Where the time went; stages that were not reached are 0."""
+    """Where the time went; stages that were not reached are 0. To be paused is to queue once more."""
     accepted_ns = held.job.accepted_unix_ms * 1_000_000
     started_ns = held.started_unix_ns or now_unix_ns
     swap_ns = 0
     if held.swap_started_unix_ns is not None:
         swap_ns = (held.swap_ended_unix_ns or now_unix_ns) - held.swap_started_unix_ns
     prefilled_ns = held.prefilled_unix_ns or now_unix_ns
+    held.end_pause(now_unix_ns)
+    paused_ns = held.paused_prefill_ns + held.paused_decode_ns
+    prefill_ns = prefilled_ns - started_ns - held.paused_prefill_ns if held.started_unix_ns else 0
+    decode_ns = now_unix_ns - prefilled_ns - held.paused_decode_ns if held.prefilled_unix_ns else 0
     return Timings(
-        queue_ms=_ms(started_ns - accepted_ns - swap_ns),
+        queue_ms=_ms(started_ns - accepted_ns - swap_ns + paused_ns),
         swap_ms=_ms(swap_ns),
-        prefill_ms=_ms(prefilled_ns - started_ns) if held.started_unix_ns else 0.0,
-        decode_ms=_ms(now_unix_ns - prefilled_ns) if held.prefilled_unix_ns else 0.0,
+        prefill_ms=_ms(prefill_ns),
+        decode_ms=_ms(decode_ns),
     )
 
 

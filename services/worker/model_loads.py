@@ -1,8 +1,8 @@
 """How a model gets onto the device: from its image if there is one, else from its folder in the store.
 
 1. An image is compared with its checksums at each load and, at its first in this process, with its canary.
-2. One that differs is thrown away, the model is refused and an alarm raised: nothing of it is ever answered. A later try
-   finds no image and begins with the folder.
+2. One that differs is thrown away, the model is refused and an alarm raised: nothing of it is ever answered, and nothing that
+   was computed before is used again. A later try finds no image and begins with the folder.
 3. A folder is compared with its manifest. Then an image is made of it, beside serving, for the next time.
 4. An adapter is loaded from its folder, onto its base, which has to be on the device: it is too small to need an image.
 """
@@ -76,10 +76,10 @@ class ModelLoads:
             if not self._images.has(key):
                 self._ask_image(key, ref, folder)
 
-    async def make_images(self) -> None:
-        """Make what is asked for, until cancelled."""
+    async def make_images(self, is_busy: Callable[[], bool]) -> None:
+        """Make what is asked for, until cancelled; see `ImageMaker.run`."""
         if self._maker is not None:
-            await self._maker.run()
+            await self._maker.run(is_busy)
 
     async def _load_image(self, ref: WeightsRef, image: HeldImage, images: ImageStore) -> ModelInfo:
         model = (ref.model_id, ref.revision)
@@ -95,7 +95,7 @@ class ModelLoads:
         except ImageDamaged as error:
             image.close()
             images.discard(image.key)
-            self._on_damage(ref, str(error))
+            self._take_out(ref, str(error))
             raise ModelUnavailable("the model's image is damaged") from error
         except BaseException:
             image.close()
@@ -108,11 +108,16 @@ class ModelLoads:
         try:
             await asyncio.to_thread(verify_files, folder, read_manifest(folder))
         except ModelUnavailable as error:
-            self._on_damage(ref, str(error))
+            self._take_out(ref, str(error))
             raise
         base = _base(ref)
         base_handle = None if base is None else model_handle((base.model_id, base.revision))
         return await self._engine.load(model_handle((ref.model_id, ref.revision)), folder, base_handle)
+
+    def _take_out(self, ref: WeightsRef, reason: str) -> None:
+        # Nobody knows since when it differs.
+        self._engine.forget_prefixes()
+        self._on_damage(ref, reason)
 
     def _ask_image(self, key: str, ref: WeightsRef, folder: Path) -> None:
         if self._maker is not None:

@@ -5,11 +5,10 @@ of (swap + `QUANTUM_S`), plus 2 s; a test runs these rules through a thousand ra
 Ahead are the models that had work of its class or a better one when it came, or within `OVERTAKE_S` after; each counts
 once; so do pinned models that are not here yet. What the bound leaves out: a full batch (places, not models), and jobs that were in a crash, which run apart.
 
-A job whose model must go is paused: its sequences leave the engine, and later it goes on from the tokens it has, which
-the engine computes again as it does for a job that comes from a dead worker. To keep the keys and values instead would
-need a second owner of KV blocks and room that the next model wants; computing a second's tokens again takes a fraction
-of that second, since a prompt is computed many tokens at once. A pause costs no attempt, and since each turn lasts a
-quantum at least, every paused job gets on.
+A job whose model must go is paused: its sequences leave the engine, and later it goes on from the tokens it has. Their
+keys and values stay findable for as long as nobody needs the blocks, also while the model is away; what is not found is
+computed again, as for a job that comes from a dead worker. A pause costs no attempt, and since each turn lasts a quantum
+at least, every paused job gets on.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from services.worker.pull_snapshot import ModelKey, Preload, Snapshot, WorkClass
+from services.worker.pull_snapshot import ModelKey, Preload, RunningJob, Snapshot, WaitingJob, WorkClass
 
 QUANTUM_S = 1.0
 """A model with live work keeps its place on the device for that long, whoever waits."""
@@ -55,8 +54,10 @@ def plan_turns(snapshot: Snapshot, budget_bytes: int) -> Turns:
        waits at all, it is the first preload that is absent.
     3. If the memory allows, it is loaded at once; also one above the whole budget, into an empty device.
     4. Else others make room, as few as do, in this order: those without any work, the least recently used first; for a
-       live job or a pin, those with batch work only; those whose quantum is over, the longest turn first. Their jobs are
-       paused. For a preload only those without work go, and only if it may evict.
+       live job or a pin, those with batch work only; those whose quantum is over, the one with the fewest sequences first,
+       and of equals the longest turn; but these only when the last swap was a quantum ago: so `n` models on the device
+       have turns of about `n` quanta. Their jobs are paused. For a preload only those without work go, and only if it may
+       evict.
     5. A model that runs a job which was in a crash stays: such a job is left alone. A pinned model stays. The base of an
        adapter is used by whatever the adapter is used for; it goes with all adapters on it, which go first, or not at all.
     6. If those do not make room enough, nobody goes yet: a model is never evicted for nothing.
@@ -211,6 +212,12 @@ def _without_work(snapshot: Snapshot) -> list[ModelKey]:
     return [key for _, key in sorted(idle)]
 
 
+def _count_sequences(snapshot: Snapshot, key: ModelKey) -> int:
+    """Those that run or wait for the model, or for an adapter on it."""
+    jobs: list[RunningJob | WaitingJob] = [*snapshot.running, *snapshot.waiting]
+    return sum(job.sequences for job in jobs if key in (job.model, snapshot.bases.get(job.model)))
+
+
 def _victims(snapshot: Snapshot, wish: Wish) -> list[ModelKey]:
     """Rules 4 and 5 of `plan_turns`."""
     for_live = wish.work_class == "live"
@@ -220,13 +227,14 @@ def _victims(snapshot: Snapshot, wish: Wish) -> list[ModelKey]:
     with_live = _with_bases(snapshot, with_live)
     in_crash = {job.model for job in snapshot.running if job.attempt > 1}
     left_alone = _with_bases(snapshot, in_crash | set(snapshot.pinned))
-    ranked: list[tuple[int, float, ModelKey]] = []
+    may_interrupt = snapshot.since_swap_s >= QUANTUM_S
+    ranked: list[tuple[int, int, float, ModelKey]] = []
     for key, slot in snapshot.models.items():
         if slot.weight_bytes == 0 or key in left_alone or key in idle:
             continue
         if for_live and key not in with_live:
-            ranked.append((1, -slot.turn_s, key))
-        elif slot.turn_s >= QUANTUM_S and (for_live or key not in with_live):
-            ranked.append((2, -slot.turn_s, key))
-    found = idle + [key for _, _, key in sorted(ranked)]
+            ranked.append((1, 0, -slot.turn_s, key))
+        elif may_interrupt and slot.turn_s >= QUANTUM_S and (for_live or key not in with_live):
+            ranked.append((2, _count_sequences(snapshot, key), -slot.turn_s, key))
+    found = idle + [key for *_, key in sorted(ranked)]
     return [key for key in found if all(each in found for each in _adapters_on(snapshot, key))]

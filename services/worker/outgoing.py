@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass
 
 import structlog
 
@@ -59,19 +62,62 @@ def _by_choice(deltas: list[TokenDelta]) -> list[TokenDelta]:
     return [merged(group) for group in groups.values()]
 
 
-async def tell_owner(broker: Broker, owner_queue: str, finished: JobFinished) -> None:
-    """Give the owner the end, until the broker has it or the owner's queue is gone."""
-    pause_s = RETRY_S
-    while True:
-        try:
-            return await broker.publish(owner_queue, finished)
-        except Unroutable:
-            log.info("owner_gone", job_id=finished.job_id, owner_queue=owner_queue)
-            return
-        except (Unavailable, PublishRefused) as error:
-            log.warning("finish_not_confirmed", job_id=finished.job_id, error=str(error))
-        await asyncio.sleep(pause_s)
-        pause_s = min(pause_s * 2, MAX_RETRY_S)
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """context: of its job's trace; what travels together is shown in the first one's."""
+
+    message: JobFinished
+    told: asyncio.Future[None]
+    context: Context
+
+
+class FinishSender:
+    """Gives owners their ends: those for one owner that come in one pass of the event loop, as after a step, travel together."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._waiting: dict[str, list[_Finish]] = {}
+        self._wake = asyncio.Event()
+
+    async def tell(self, owner_queue: str, finished: JobFinished) -> None:
+        """Return when the broker has it, or the owner's queue is gone."""
+        finish = _Finish(finished, asyncio.get_running_loop().create_future(), copy_context())
+        self._waiting.setdefault(owner_queue, []).append(finish)
+        self._wake.set()
+        await finish.told
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                waiting, self._waiting = self._waiting, {}
+                for owner_queue, finishes in waiting.items():
+                    group.create_task(self._tell(owner_queue, finishes), context=finishes[0].context)
+
+    async def _tell(self, owner_queue: str, finishes: Sequence[_Finish]) -> None:
+        """Until the broker has them all or the queue is gone; the owner knows doubles."""
+        pause_s = RETRY_S
+        while True:
+            try:
+                await self._broker.publish(owner_queue, *(each.message for each in finishes))
+                break
+            except Unroutable:
+                log.info("owner_gone", count=len(finishes), owner_queue=owner_queue)
+                break
+            except (Unavailable, PublishRefused) as error:
+                if isinstance(error, PublishRefused) and len(finishes) > 1:
+                    # One that is too large holds up no other.
+                    await asyncio.gather(*(self._tell(owner_queue, [each]) for each in finishes))
+                    return
+                job_ids = [each.message.job_id for each in finishes]
+                log.warning("finishes_not_confirmed", job_ids=job_ids, error=str(error))
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, MAX_RETRY_S)
+        for each in finishes:
+            if not each.told.done():
+                each.told.set_result(None)
 
 
 async def tell_billing(broker: Broker, usage: JobUsage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -79,3 +80,5 @@ class Snapshot:
     """Of adapters: the model that each stands on. It has to be here for the adapter to be loaded, and as long as that is."""
     preload: Sequence[Preload] = ()
     """In this order; also such that are here already."""
+    since_swap_s: float = math.inf
+    """How long ago the last model that was loaded became ready."""

@@ -87,6 +87,7 @@ class Reporter:
         held = self._held()
         pinned, preload = self._pins.report()
         running = [each for each in held if each.state in (HeldState.RUNNING, HeldState.PAUSED)]
+        of_batches = [each for each in held if each.job.work_class == "batch"]
         report = WorkerReport(
             worker_id=self._spec.worker_id,
             resource_id=self._spec.resource_id,
@@ -99,11 +100,15 @@ class Reporter:
             remaining_tokens=sum(each.remaining_tokens() for each in running),
             tokens_per_s=round(self._tokens_per_s, 3),
             running_sequences=counters.sequences,
-            waiting_jobs=sum(each.state not in (HeldState.RUNNING, HeldState.FINISHING) for each in held),
+            waiting_jobs=sum(_waits(each) for each in held),
             completion_tokens=counters.completion_tokens,
             prompt_tokens=counters.prompt_tokens,
             left_jobs=counters.left_jobs,
             stream_s=round(counters.stream_s, 3),
+            batch_held_jobs=len(of_batches),
+            batch_waiting_jobs=sum(_waits(each) for each in of_batches),
+            batch_sequences=sum(each.places for each in of_batches if each.state is HeldState.RUNNING),
+            batch_left_jobs=counters.batch_left_jobs,
             models=self._residency.report(),
             history=self._residency.history.report(),
             model_memory_bytes=self._model_memory_bytes,
@@ -115,3 +120,8 @@ class Reporter:
             await self._broker.send_event(report)
         except Unavailable as error:
             log.info("report_not_sent", error=str(error))
+
+
+def _waits(held: Held) -> bool:
+    """Not begun, or paused."""
+    return held.state not in (HeldState.RUNNING, HeldState.FINISHING)

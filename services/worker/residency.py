@@ -5,6 +5,7 @@ absent -> loading -> ready -> evicting -> absent;  loading -> failed -> absent (
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Residency:
         self._models: dict[ModelKey, _Resident] = {}
         self._sizes: dict[ModelKey, int] = {}
         self._swap_s: dict[ModelKey, float] = {}
+        self._last_load_s = -math.inf
         self.bases: dict[ModelKey, ModelKey] = {}
         """Of every adapter that was asked about."""
         self.history = ModelHistories()
@@ -65,6 +67,10 @@ class Residency:
             for key, model in self._models.items()
             if model.state != "failed"
         }
+
+    def since_load_s(self) -> float:
+        """How long ago the last load ended well."""
+        return time.monotonic() - self._last_load_s
 
     def note_work(self, keys: Collection[ModelKey]) -> None:
         """These models have jobs at the moment: their turn, and that of their bases, has begun, or goes on; that of the
@@ -162,7 +168,8 @@ class Residency:
             raise ModelUnavailable(reason) from error
         self._sizes[key] = info.weight_bytes
         self._models[key] = _Resident("ready", info.weight_bytes, time.monotonic())
-        self._swap_s[key] = time.monotonic() - started_s
+        self._last_load_s = time.monotonic()
+        self._swap_s[key] = self._last_load_s - started_s
         self.history.note_load(key, self._swap_s[key])
         log.info(
             "model_loaded",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterable
 
 import msgspec
 import structlog
+from opentelemetry.metrics import CallbackOptions, Observation
 
 from services.worker import pull_policy
 from services.worker.engine import Delta, EngineRefusal, StepReport
@@ -21,6 +23,7 @@ from services.worker.held import (
     HeldState,
     finished_message,
     first_requests,
+    model_handle,
     next_embed_request,
     parse_sequence_id,
     repeated,
@@ -33,7 +36,7 @@ from services.worker.held import (
 from services.worker.image_store import ImageStore
 from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
-from services.worker.outgoing import DeltaSender, tell_billing, tell_owner
+from services.worker.outgoing import DeltaSender, FinishSender, tell_billing
 from services.worker.owners import Owners
 from services.worker.pins import Pins
 from services.worker.pull_snapshot import ModelKey
@@ -44,8 +47,10 @@ from services.worker.snapshots import take_snapshot
 from services.worker.stages import job_attributes, record_stages
 from services.worker.taking import Taking
 from services.worker.vectors import VectorRefused, pack_vector
+from services.worker.window import JobsRate, choose_shared, choose_steps
 from shared import telemetry, topology
 from shared.broker import Broker, Delivery
+from shared.gathering import Gathering
 from shared.ids import new_id
 from shared.messages import (
     NO_PINS,
@@ -63,6 +68,7 @@ from shared.messages import (
     OwnerBeat,
     RepeatTokens,
     SetPins,
+    ShareJobs,
     WeightsRef,
     WorkerBeat,
     WorkerCommand,
@@ -79,6 +85,7 @@ CLAIM_REPEAT_S = 1.0
 CLAIM_TRIES = 5
 """After this many claims without an answer the job is put aside, so that a frozen owner blocks no place."""
 CLAIM_PAUSE_S = 5.0
+WINDOW_S = 1.0
 ASIDE_S = 5.0
 """A worker that gave jobs back takes none for that long, so that another one gets them."""
 BEGUN = (HeldState.CLAIMING, HeldState.GRANTED, HeldState.RUNNING, HeldState.PAUSED)
@@ -103,14 +110,15 @@ class Worker:
         self._residency = Residency(self._loads, spec.precision)
         self._pins = Pins(spec, self._residency)
         self._sender = DeltaSender(broker, spec.worker_id)
+        self._claims = Gathering(broker)
+        self._finishes = FinishSender(broker)
         self._commands = topology.worker_commands(spec.worker_id)
         self._held: dict[str, Held] = {}
         self._owners = Owners(broker)
         self._lane_tokens: dict[int, int] = {}
-        # On a shared pool one lane alone may fill the batch; which lane's jobs run is the policy's business.
-        lookahead = 0 if spec.pool else settings.lookahead_jobs
         queues = topology.job_queues(spec.resource_id, pool=spec.pool)
-        self._taking = Taking(broker, queues, self._on_job, spec.max_batch + lookahead)
+        self._taking = Taking(broker, queues, self._on_job, spec.max_batch)
+        self._jobs_rate = JobsRate()
         self._aside_until_s: float | None = None
         self._wake = asyncio.Event()
         self._reporter = Reporter(
@@ -122,6 +130,8 @@ class Worker:
         self._tokens_counter = meter.create_counter(telemetry.TOKENS, unit="{token}")
         self._attempts_counter = meter.create_counter("roundhouse.worker.jobs", unit="{job}")
         self._queue_wait_s = meter.create_histogram(telemetry.QUEUE_WAIT, unit="s")
+        self._swap_s = meter.create_histogram(telemetry.SWAP_DURATION, unit="s")
+        meter.create_observable_counter(telemetry.BUSY, [self._observe_busy], unit="s")
 
     # ---- life
 
@@ -132,20 +142,34 @@ class Worker:
         group.create_task(self._reporter.run())
         await self._broker.subscribe(self._commands, WorkerCommand, self._on_command, prefetch=0, no_ack=True)
         self._reporter.enter("loading")
-        await self._preload()
-        group.create_task(self._loads.make_images())
+        first = await self._preload()
+        if first is not None:
+            self._reporter.enter("warming")
+            await self._warm_up(first)
+        group.create_task(self._loads.make_images(lambda: bool(self._held)))
         group.create_task(self._sender.run())
+        group.create_task(self._claims.run())
+        group.create_task(self._finishes.run())
         group.create_task(self._beats())
         group.create_task(self._pump())
+        group.create_task(self._size_window())
         await self._taking.start()
         self._reporter.enter("ready")
         self._prepare_images()
 
-    async def _preload(self) -> None:
+    async def _preload(self) -> ModelRef | None:
         """Make a pinned model, or the likeliest one, resident before the worker is ready; the others follow by themselves."""
         for ref in self._pins.first_refs():
             if await self._preload_one(ref):
-                return
+                return ref
+        return None
+
+    async def _warm_up(self, ref: ModelRef) -> None:
+        """So that the first job does not pay for what an engine does once; a model that refuses is its jobs' to meet."""
+        try:
+            await self._engine.warm_up(model_handle(key_of(ref)))
+        except EngineRefusal as refusal:
+            log.warning("not_warmed_up", model_id=ref.model_id, reason=str(refusal))
 
     async def _preload_one(self, ref: ModelRef) -> bool:
         parts: list[WeightsRef] = [ref] if ref.base is None else [ref.base, ref]
@@ -196,21 +220,46 @@ class Worker:
         Whoever gives back takes nothing for a while, and then only with a place free: else the copies came straight back.
         """
         now_s = time.monotonic()
-        overdue = [
-            held
-            for held in self._held.values()
-            if held.state is HeldState.WAITING and held.claims_total == 0 and now_s >= held.hold_until_s
-        ]
+        overdue = [held for held in self._unbegun() if now_s >= held.hold_until_s]
         if overdue:
-            self._aside_until_s = now_s + ASIDE_S
-            for held in overdue:
-                held.state = HeldState.FINISHING
-            self._group.create_task(self._stand_aside(overdue))
+            self._let_go(overdue)
         elif self._aside_until_s is not None and now_s >= self._aside_until_s:
             begun = [held for held in self._held.values() if held.state in BEGUN]
             if sum(held.places for held in begun) < self.spec.max_batch:
                 self._aside_until_s = None
                 self._group.create_task(self._take_again())
+
+    def _share(self) -> None:
+        """Another worker of the resource has nothing to do."""
+        if self.phase == "ready" and (shared := choose_shared(self._unbegun(), time.monotonic())):
+            self._let_go(shared)
+
+    def _unbegun(self) -> list[Held]:
+        return [
+            held for held in self._held.values() if held.state is HeldState.WAITING and held.claims_total == 0
+        ]
+
+    def _let_go(self, unbegun: list[Held]) -> None:
+        self._aside_until_s = time.monotonic() + ASIDE_S
+        for held in unbegun:
+            held.state = HeldState.FINISHING
+        self._group.create_task(self._stand_aside(unbegun))
+
+    async def _size_window(self) -> None:
+        """Hold as many jobs beyond those that run as `window.py` says, for ever."""
+        # On a shared pool one lane alone may fill the batch; which lane's jobs run is the policy's business.
+        most_jobs = 0 if self.spec.pool else self._settings.lookahead_jobs
+        while True:
+            await asyncio.sleep(WINDOW_S)
+            is_full = sum(held.places for held in self._held.values()) >= self.spec.max_batch
+            self._jobs_rate.look(self._reporter.counters.left_jobs, time.monotonic(), is_full=is_full)
+            steps = choose_steps(self._jobs_rate.per_s, self._taking.steps, most_jobs)
+            oldest_held_s = min((held.received_s for held in self._held.values()), default=time.monotonic())
+            try:
+                await self._taking.set_steps(steps)
+                await self._taking.close_settled(oldest_held_s)
+            except Unavailable as error:
+                log.info("window_not_changed", error=str(error))
 
     async def _stand_aside(self, overdue: list[Held]) -> None:
         await self._taking.stand_aside()
@@ -258,7 +307,7 @@ class Worker:
             # Our connection was lost and the broker delivered again, or a second copy exists: same job, same run.
             held.deliveries.append(delivery)
         elif job.deadline_unix_ms <= time.time() * 1000:
-            self._reporter.counters.left_jobs += 1
+            self._reporter.counters.left(is_batch=job.work_class == "batch")
             self._group.create_task(delivery.ack())
         else:
             span = telemetry.start_span_under(
@@ -305,10 +354,7 @@ class Worker:
                 self._start(self._held[job_id])
             if self.phase == "ready":
                 for job_id in plan.claim:
-                    held = self._held.get(job_id)
-                    # While the claims before it went out, it may have ended: its owner is gone, its deadline is over.
-                    if held is not None and held.state is HeldState.WAITING:
-                        await self._claim(held, begin_at_once=plan.begin_at_once)
+                    self._claim(self._held[job_id], begin_at_once=plan.begin_at_once)
             for key in plan.evict:
                 self._group.create_task(self._evict(key))
             for key in plan.load:
@@ -316,7 +362,7 @@ class Worker:
             # Their states change when they begin, and the next plan goes by these: with `_wake` set, nothing else below
             # lets them begin before it.
             await asyncio.sleep(0)
-            await self._repeat_claims()
+            self._repeat_claims()
             self._mind_window()
 
     def _drop_unservable(self) -> None:
@@ -383,7 +429,7 @@ class Worker:
 
     # ---- claim and grant
 
-    async def _claim(self, held: Held, *, begin_at_once: bool) -> None:
+    def _claim(self, held: Held, *, begin_at_once: bool) -> None:
         """Ask the owner. What was never delivered before need not wait: the owner takes the first word it hears.
 
         A job that was delivered before may have been in a crash: which attempt it is, and whether it may run beside
@@ -398,9 +444,9 @@ class Worker:
         if begin_at_once and is_first and self._residency.failure(held.model) is None:
             held.begin(1)
             self._start(held)
-        await self._send_claim(held)
+        self._send_claim(held)
 
-    async def _send_claim(self, held: Held) -> None:
+    def _send_claim(self, held: Held) -> None:
         held.claim_sent_s = time.monotonic()
         held.claims_sent += 1
         held.claims_total += 1
@@ -410,19 +456,16 @@ class Worker:
             worker_id=self.spec.worker_id,
             worker_queue=self._commands.name,
         )
-        try:
-            await self._broker.send(held.job.owner_queue, claim)
-        except Unavailable as error:
-            log.info("claim_not_sent", job_id=held.job.job_id, error=str(error))
+        self._claims.put(held.job.owner_queue, claim)
 
-    async def _repeat_claims(self) -> None:
+    def _repeat_claims(self) -> None:
         now_s = time.monotonic()
         for held in list(self._held.values()):
             asked = held.claims_sent > 0 and not held.is_granted
             if not asked or now_s - held.claim_sent_s < CLAIM_REPEAT_S:
                 continue
             if held.claims_sent < CLAIM_TRIES or held.state is not HeldState.CLAIMING:
-                await self._send_claim(held)
+                self._send_claim(held)
             else:
                 held.state, held.claims_sent = HeldState.WAITING, 0
                 held.not_before_s = now_s + CLAIM_PAUSE_S
@@ -446,6 +489,9 @@ class Worker:
             case DrainWorker(incarnation=incarnation):
                 if incarnation == self.spec.incarnation:
                     self._group.create_task(self.drain())
+            case ShareJobs(incarnation=incarnation):
+                if incarnation == self.spec.incarnation:
+                    self._share()
             case SetPins(incarnation=incarnation, pins=pins):
                 is_new = incarnation == self.spec.incarnation and pins.version != self._pins.version
                 if is_new and self.phase not in ("draining", "drained"):
@@ -518,6 +564,7 @@ class Worker:
     def _start(self, held: Held) -> None:
         held.state = HeldState.RUNNING
         held.began_s = time.monotonic()
+        held.end_pause(time.time_ns())
         self._residency.touch(held.model)
         if held.started_unix_ns is None:
             held.started_unix_ns = time.time_ns()
@@ -581,6 +628,10 @@ class Worker:
                 self._sender.put(held.job.owner_queue, message)
         self._count(report)
 
+    def _observe_busy(self, _options: CallbackOptions) -> Iterable[Observation]:
+        """The rate of it is the share of its time that a worker computes."""
+        yield Observation(self._reporter.counters.busy_s, {telemetry.RESOURCE_ID: self.spec.resource_id})
+
     def _on_vector(self, held: Held, job: EmbedJob, index: int, delta: Delta) -> None:
         """Keep the vector; the next input takes its place, or the job is done."""
         try:
@@ -622,8 +673,18 @@ class Worker:
     async def _finish(self, held: Held, outcome: Outcome, code: str | None, message: str | None) -> None:
         now_unix_ns = time.time_ns()
         spent = timings(held, now_unix_ns)
-        self._queue_wait_s.record(spent.queue_ms / 1000, {"model_type": self.spec.model_type})
+        labels = {
+            "model_type": self.spec.model_type,
+            telemetry.RESOURCE_ID: self.spec.resource_id,
+            telemetry.GEN_AI_REQUEST_MODEL: held.job.model.name,
+        }
+        self._queue_wait_s.record(spent.queue_ms / 1000, labels)
+        if held.swap_started_unix_ns is not None:
+            self._swap_s.record(spent.swap_ms / 1000, labels)
         record_stages(held, now_unix_ns)
+        if held.pauses:
+            paused_ms = (held.paused_prefill_ns + held.paused_decode_ns) // 1_000_000
+            held.span.set_attributes({telemetry.PAUSES: held.pauses, telemetry.PAUSED_MS: paused_ms})
         held.span.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, held.completion_tokens)
         if code is not None:
             held.span.set_attribute(telemetry.ERROR_TYPE, code)
@@ -631,7 +692,7 @@ class Worker:
         usage = usage_message(held, self.spec.worker_id, outcome, code, spent)
         with telemetry.under(held.span):
             async with asyncio.TaskGroup() as both:
-                both.create_task(tell_owner(self._broker, held.job.owner_queue, finished))
+                both.create_task(self._finishes.tell(held.job.owner_queue, finished))
                 both.create_task(self._report_when_granted(held, usage))
         if held.state is HeldState.FINISHING and held.attempt == usage.attempt and self._holds(held):
             await self._release(held)
@@ -657,7 +718,7 @@ class Worker:
     async def _release(self, held: Held) -> None:
         """Ack every copy. The job is not remembered: a late copy is claimed again, and its owner knows best."""
         self._forget(held)
-        self._reporter.counters.left_jobs += 1
+        self._reporter.counters.left(is_batch=held.job.work_class == "batch")
         self._reporter.runs_changed()
         for delivery in held.deliveries:
             await delivery.ack()

@@ -24,7 +24,7 @@ class WorkerSettings(CommonSettings):
     """On a GPU: pinned memory of this worker for images, so that a swap is one copy. A CPU maps its images."""
     image_bytes: int = env("ROUNDHOUSE_IMAGE_BYTES", 50 * 1024**3, low=1)
     """Limit of that folder; images that no worker holds leave it, the longest unused first."""
-    lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 4, low=0, high=16)
-    """Jobs held beyond the running batch, so that a place that frees is filled within one step."""
+    lookahead_jobs: int = env("ROUNDHOUSE_WORKER_LOOKAHEAD", 16, low=0, high=16)
+    """Most jobs held beyond the running batch, in steps of 4; how many it are goes by measured work (`window.py`)."""
     most_hold_s: float = env("ROUNDHOUSE_WORKER_HOLD_S", 60.0, low=1.0, high=600.0)
     """A job that was not begun for that long goes back to the queue, where another worker may be quicker."""

@@ -46,6 +46,7 @@ def take_snapshot(
         pinned,
         residency.bases,
         preloads,
+        residency.since_load_s(),
     )
 
 

@@ -10,9 +10,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
-from services.scheduler.actions import FreePlace
+from services.scheduler.actions import FreePlace, GrantPlace
 from services.scheduler.residency_keeper import ResidencyKeeper
 from services.scheduler.states import PlaceState
 from shared import topology
@@ -21,12 +22,14 @@ from shared.lease import Fenced
 from shared.messages import FleetEvent, JobUsage, ModelHistory, ResidentModel, WorkerReport
 from tests.conftest import Vhost
 from tests.gateway_harness import Gateway, running_gateway
+from tests.integration.test_autoscaling import free_port
 from tests.integration.test_gateway_management import make_resource, register
 from tests.integration.test_job_path import Path_, path, read, whole_text
 from tests.integration.test_model_turns import add_model, submit
 from tests.integration.test_scheduler_store import Tables, tables, take_over
+from tests.integration.worker_process import MODEL
 
-__all__ = ["path", "tables"]  # the fixtures
+__all__ = ["free_port", "path", "tables"]  # the fixtures
 
 
 # ---- the worker's reports
@@ -77,6 +80,35 @@ async def test_a_worker_reports_swaps_hits_misses_and_why_a_model_failed(path: P
     assert (one.hits, one.misses, one.loads) == (2, 1, 1)
     assert (two.hits, two.misses, two.loads) == (0, 1, 1)
     assert 0 <= one.load_ms_p50 <= one.load_ms_p95 < 30_000
+
+
+async def test_a_start_is_seen_in_its_phases_and_the_first_model_is_warm_before_it_is_ready(
+    path: Path_, free_port: int
+) -> None:
+    async with reports_of(path) as heard:
+        path.worker(step_s=0.4, preload=[MODEL], environment={"OPS_PORT": str(free_port)})
+        await until(lambda: heard and heard[-1].phase == "ready")
+        phases = list(dict.fromkeys(report.phase for report in heard))
+        assert phases[-2:] == ["warming", "ready"] and set(phases[:-2]) <= {"starting", "loading"}, phases
+        warm = next(report for report in heard if report.phase == "warming")
+        assert [(model.model_id, model.state) for model in warm.models] == [(MODEL.model_id, "ready")]
+        # Nobody asked for what it generated meanwhile.
+        assert (heard[-1].completion_tokens, heard[-1].left_jobs, heard[-1].stream_s) == (0, 0, 0)
+        stream = await path.submit(3)
+        await asyncio.wait_for(read(stream), 30)
+        await until(lambda: heard[-1].left_jobs == 1)
+    url = f"http://127.0.0.1:{free_port}/metrics"
+    async with aiohttp.ClientSession() as session, session.get(url) as reply:
+        page = await reply.text()
+    resource = f'roundhouse_resource_id="{path.resource_id}"'
+    found = {
+        line.partition("{")[0]: float(line.rpartition(" ")[2])
+        for line in page.splitlines()
+        if resource in line
+    }
+    assert found["roundhouse_queue_wait_seconds_count"] == 1
+    assert "roundhouse_swap_duration_seconds_count" not in found, "the model was there"
+    assert 0.4 <= found["roundhouse_worker_busy_seconds_total"] < 5
 
 
 async def test_a_hot_model_gets_a_second_copy_on_the_idle_worker(path: Path_) -> None:
@@ -164,6 +196,29 @@ async def test_the_next_leader_goes_on_from_the_table_and_the_old_one_writes_not
     with pytest.raises(Fenced):
         await old.keep(stored, said(place.incarnation, ready("mod_c")))
     assert await rows(tables) == expected
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(ready("mod\x00a"), id="a name that no column takes"),
+        pytest.param(
+            ResidentModel(model_id="mod_a", revision=1 << 40, state="ready"), id="a number too large"
+        ),
+    ],
+)
+async def test_what_one_worker_says_that_no_column_takes_hides_no_others_models(
+    tables: Tables, broken: ResidentModel
+) -> None:
+    await tables.live(count=2)
+    await tables.apply(GrantPlace(1, "n1", "cpu:1", 1, "words"))
+    stored = await tables.store.load()
+    first, second = stored.places
+    keeper = ResidencyKeeper(tables.database, tables.lease)
+    await keeper.keep(stored, said(first.incarnation, broken) | said(second.incarnation, ready("mod_b")))
+    assert await rows(tables) == [("mod_b", "ready", 5, 0, 0)]
+    await keeper.keep(stored, said(first.incarnation, ready("mod_a")))
+    assert await rows(tables) == [("mod_a", "ready", 5, 0, 0), ("mod_b", "ready", 5, 0, 0)]
 
 
 # ---- the management API

@@ -13,7 +13,7 @@ __all__ = ["path"]  # the fixture
 
 async def test_a_second_worker_does_its_share_of_the_jobs_that_wait(path: Path_) -> None:
     path.worker(step_s=0.02, max_batch=4)
-    streams = [await path.submit(40) for _ in range(64)]
+    streams = [await path.submit(100) for _ in range(64)]
     reads = [asyncio.create_task(read(stream)) for stream in streams]
     while not any(stream.owned.attempt for stream in streams):
         await asyncio.sleep(0.02)
@@ -22,7 +22,7 @@ async def test_a_second_worker_does_its_share_of_the_jobs_that_wait(path: Path_)
         await asyncio.sleep(0.02)
     left = sum(not stream.owned.attempt for stream in streams)
     results = await asyncio.wait_for(asyncio.gather(*reads), 60)
-    assert all(text == whole_text(40) for text, _, _ in results)
+    assert all(text == whole_text(100) for text, _, _ in results)
     facts = [fact for fact in await path.usage_events(64) if isinstance(fact, JobUsage)]
     done = Counter(fact.worker_id for fact in facts)
     # What the first does while the second starts is not the window's doing.

@@ -48,6 +48,7 @@ class WorkerProcess:
     step_s: float = 0.02
     module: str = "loadtest.stub_worker"
     environment: dict[str, str] = field(default_factory=dict)
+    preload: list[ModelRef] = field(default_factory=list)
 
     def start(self) -> WorkerProcess:
         spec = WorkerSpec(
@@ -62,6 +63,7 @@ class WorkerProcess:
             max_batch=self.max_batch,
             max_context_tokens=2048,
             kv_tokens=32768,
+            preload=self.preload,
         )
         self.spec = spec
         self.process = subprocess.Popen(

@@ -12,13 +12,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from services.worker.engine import Engine
+from services.worker.engine import Delta, Engine, StepReport
 from services.worker.engine.native.build import load_library
 from services.worker.engine_thread import EngineThread
+from services.worker.held import model_handle
 from services.worker.image_store import HeldImage, ImageStore
 from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
 from shared.messages import ModelRef
+from tests.unit.worker.engine.builders import make_request
 from tests.unit.worker.store_builders import CONFIG, put_model
 
 pytestmark = pytest.mark.skipif(load_library().library is None, reason="images are of the C kernels")
@@ -33,12 +35,21 @@ class Bench:
     def __init__(self, tmp_path: Path) -> None:
         self.folder = put_model(tmp_path / "store", REF.folder)
         self.engine = Engine(CONFIG)
-        self.thread = EngineThread(self.engine, lambda report: None, lambda sequence, refusal: None)
+        self.deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self.thread = EngineThread(
+            self.engine,
+            self._note,
+            lambda sequence, refusal: None,
+        )
         self.images = ImageStore(tmp_path / "images", 10**9, CONFIG)
         self.damage: list[str] = []
         self.loads = ModelLoads(
             self.thread, tmp_path / "store", self.images, lambda ref, reason: self.damage.append(reason)
         )
+
+    def _note(self, report: StepReport) -> None:
+        for delta in report.deltas:
+            self.deltas.put_nowait(delta)
 
     @property
     def image_files(self) -> list[Path]:
@@ -51,12 +62,27 @@ class Bench:
                 await asyncio.sleep(0.05)
         return self.image_files[0]
 
+    async def cached_tokens(self, name: str) -> int:
+        """Of a prompt that is the same each time: what the engine found instead of computing it."""
+        self.thread.add(make_request(name, list(range(5, 45)), 1, model=model_handle(KEY)))
+        async with asyncio.timeout(60):
+            delta = await self.deltas.get()
+        assert (delta.sequence_id, delta.error) == (name, None)
+        return delta.cached_prompt_tokens
+
+
+def damage(image: Path) -> None:
+    data = bytearray(image.read_bytes())
+    data[-5000] ^= 1
+    image.unlink()
+    image.write_bytes(data)
+
 
 @asynccontextmanager
 async def running(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(tmp_path)
     bench.thread.start()
-    making = asyncio.create_task(bench.loads.make_images())
+    making = asyncio.create_task(bench.loads.make_images(lambda: False))
     try:
         yield bench
     finally:
@@ -86,14 +112,30 @@ async def test_a_model_that_may_be_asked_for_gets_its_image_before(tmp_path: Pat
         await bench.loads.load(REF)
 
 
+async def test_what_was_computed_is_kept_while_a_model_is_away_until_one_is_found_damaged(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as bench:
+        await bench.loads.load(REF)
+        image = await bench.image()
+        assert await bench.cached_tokens("a") == 0
+        await bench.loads.unload(KEY)
+        await bench.loads.load(REF)
+        kept_tokens = await bench.cached_tokens("b")
+        assert kept_tokens >= CONFIG.block_tokens
+        await bench.loads.unload(KEY)
+        damage(image)
+        with pytest.raises(ModelUnavailable):
+            await bench.loads.load(REF)
+        await bench.loads.load(REF)  # the folder is as it was
+        assert await bench.cached_tokens("c") == 0
+
+
 async def test_a_damaged_image_takes_the_model_out_and_the_next_try_has_the_folder(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
         bench.loads.prepare(REF)
         path = await bench.image()
-        data = bytearray(path.read_bytes())
-        data[-5000] ^= 1
-        path.unlink()
-        path.write_bytes(data)
+        damage(path)
         with pytest.raises(ModelUnavailable, match="image is damaged"):
             await bench.loads.load(REF)
         assert len(bench.damage) == 1 and "chunk" in bench.damage[0]

@@ -76,6 +76,20 @@ IN_TURN = QUANTUM_S - 0.1
             id="the longest turn is over, its job is paused",
         ),
         pytest.param(
+            {A: ready(OVER), B: ready(OVER + 9)},
+            [runs(A), runs(B)],
+            [waits(C), waits(B)],
+            Turns(evict=[A], pause=["r-a"]),
+            id="the one with the fewest sequences goes first",
+        ),
+        pytest.param(
+            {A: ready(OVER), B: ready(OVER + 9)},
+            [runs(A), runs(B)],
+            [waits(C), waits(B, sequences=3), waits(A, sequences=4)],
+            Turns(evict=[B], pause=["r-b"]),
+            id="sequences, not jobs",
+        ),
+        pytest.param(
             {A: ready(0.0), B: ready(IN_TURN)},
             [runs(B)],
             [waits(C, 9.0), waits(A)],
@@ -163,6 +177,37 @@ def test_plan_turns(
 ) -> None:
     sizes = {A: 1, B: 1, C: 1, D: 3}
     assert plan_turns(Snapshot(waiting, running, 0, models, sizes), 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "expected"),
+    [
+        pytest.param(
+            [runs(A), runs(B)], [waits(C, 9.0)], Turns(), id="nobody is interrupted twice in a quantum"
+        ),
+        pytest.param([runs(A)], [waits(C, 9.0)], Turns(evict=[B]), id="an idle model goes at once"),
+        pytest.param(
+            [runs(A), runs(B, "batch")],
+            [waits(C)],
+            Turns(evict=[B], pause=["r-b"]),
+            id="so does one with batch work, for a live job",
+        ),
+    ],
+)
+def test_a_swap_was_less_than_a_quantum_ago(
+    running: list[RunningJob], waiting: list[WaitingJob], expected: Turns
+) -> None:
+    snapshot = Snapshot(
+        waiting,
+        running,
+        0,
+        {A: ready(OVER), B: ready(OVER)},
+        {A: 1, B: 1, C: 1},
+        since_swap_s=QUANTUM_S - 0.1,
+    )
+    assert plan_turns(snapshot, 2) == expected
+    later = replace(snapshot, since_swap_s=QUANTUM_S)
+    assert plan_turns(later, 2).evict != []
 
 
 @pytest.mark.parametrize(
@@ -308,8 +353,10 @@ X, Y = ("x", 1), ("y", 1)
                      Turns(evict=[X, Y, A]), id="a base that is idle takes its adapters along"),
         pytest.param({A: ready(OVER), X: ready(IN_TURN)}, [runs(X)], [waits(C)], {}, [], Turns(),
                      id="an adapter's quantum is its base's"),
-        pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(X), runs(A)], [waits(C)], {}, [],
+        pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(X), runs(A)], [waits(B)], {}, [],
                      Turns(evict=[X, A], pause=["r-x", "r-a"]), id="their turn is over together"),
+        pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(X), runs(A)], [waits(C)], {}, [],
+                     Turns(evict=[X], pause=["r-x"]), id="a base has the work of its adapters too: one of those goes first"),
         pytest.param({A: ready(OVER + 1), X: ready(OVER)}, [runs(A), runs(X, attempt=2)], [waits(C)], {}, [], Turns(),
                      id="a job that was in a crash keeps the base too"),
         pytest.param({A: ready(OVER), X: ready(OVER)}, [runs(X)], [waits(Y)], {}, [],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from opentelemetry import trace
 
-from services.worker.held import Held, HeldState, first_requests, next_embed_request
-from shared.messages import EmbedJob, FinishReason, GenerateJob, TokenDelta, TokenLogprob
+from services.worker.held import Held, HeldState, first_requests, next_embed_request, timings
+from shared.messages import EmbedJob, FinishReason, GenerateJob, Timings, TokenDelta, TokenLogprob
 from tests.integration.worker_process import stub_embed_job, stub_job
 
 JOB = stub_job("replies.v1.owner", "res_1", max_tokens=8)
@@ -73,3 +73,27 @@ def test_a_prompt_is_scored_once() -> None:
     held.prompt_logprobs = [TokenLogprob(token=1, logprob=-0.5)]
     held.pause()
     assert [request.echo_logprobs for request in first_requests(held)] == [False]
+
+
+def test_the_time_of_a_pause_is_queueing_and_neither_prefill_nor_decode() -> None:
+    held = held_job(JOB)
+    accepted_ns = held.job.accepted_unix_ms * 1_000_000
+    second = 1_000_000_000
+
+    def pause(begins_s: int, ends_s: int | None) -> None:
+        held.pause()
+        held.paused_unix_ns = accepted_ns + begins_s * second
+        if ends_s is not None:
+            held.end_pause(accepted_ns + ends_s * second)
+
+    held.started_unix_ns = accepted_ns + second
+    pause(2, 5)
+    held.end_pause(accepted_ns + 99 * second)  # it is over already
+    held.prefilled_unix_ns = accepted_ns + 7 * second
+    pause(9, 19)
+    pause(20, None)  # and ends so
+    spent = timings(held, accepted_ns + 21 * second)
+    assert spent == Timings(queue_ms=15_000, swap_ms=0, prefill_ms=3_000, decode_ms=3_000)
+    held.begin(2)
+    held.started_unix_ns = accepted_ns + 30 * second
+    assert timings(held, accepted_ns + 31 * second).queue_ms == 30_000, "of the attempt that counts"

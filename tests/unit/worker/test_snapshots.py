@@ -40,6 +40,9 @@ class ResidencyPart:
     def swap_costs(self, keys: object) -> dict[ModelKey, float]:
         return {}
 
+    def since_load_s(self) -> float:
+        return 0.25
+
 
 def held(state: HeldState, model_id: str, **fields: Any) -> Held:
     job = stub_job("replies.v1.owner", "res_1", max_tokens=8)
@@ -74,4 +77,5 @@ def test_what_is_held_is_seen_by_what_it_does_and_its_models_have_work() -> None
     # The failed one is there, so that its jobs are claimed and told, and cannot be loaded.
     assert (seen.models["m-failed", 1].state, seen.models["m-failed", 1].weight_bytes) == ("ready", 0)
     assert set(seen.sizes) == {("m-waiting", 1)}
+    assert seen.since_swap_s == 0.25
     assert seen.bases == {("m-waiting", 1): ("m-base", 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -61,6 +62,7 @@ class SimulatedWorker:
     work_since_s: dict[ModelKey, float] = field(default_factory=dict)
     failed: set[ModelKey] = field(default_factory=set)
     loads: list[ModelKey] = field(default_factory=list)
+    last_load_s: float = -math.inf
 
     def __post_init__(self) -> None:
         self.preloads_at_start = list(self.preload)
@@ -104,6 +106,7 @@ class SimulatedWorker:
                     self.failed.add(key)
                 else:
                     self.slots[key] = ("ready", self.now_s)
+                    self.last_load_s = self.now_s
                     self.preload = [preload for preload in self.preload if preload.model != key]
         for job in [job for job in self.held if self._is_failed(job.model)]:
             job.is_failed = True
@@ -165,6 +168,7 @@ class SimulatedWorker:
             },
             bases=self.bases,
             preload=self.preload,
+            since_swap_s=self.now_s - self.last_load_s,
         )
 
     def _decide(self, at: Callable[[float, str, object], None]) -> None:
