@@ -106,10 +106,10 @@ async def test_jobs_that_pins_leave_no_room_for_are_told(path: Path_) -> None:
 async def test_a_preload_waits_until_nobody_does_and_takes_an_idle_models_place(path: Path_) -> None:
     first, second = add_model(path.store, "mod_first"), add_model(path.store, "mod_second")
     async with reports_of(path) as heard:
-        # One place: a second job waits while the first one runs.
+        # One place: a second job waits while the first one runs, for several reports' time.
         worker = path.worker(step_s=0.01, max_batch=1, environment={"ROUNDHOUSE_WORKER_MODEL_BYTES": "1"})
         await until(lambda: heard and heard[-1].phase == "ready")
-        streams = [await submit(path, first, 100) for _ in range(2)]
+        streams = [await submit(path, first, 400) for _ in range(2)]
         reads = [asyncio.create_task(read(stream)) for stream in streams]
         await until(lambda: heard[-1].held_jobs == 2 and ready(heard[-1]) == {"mod_first"})
         asked = PreloadAsked(model=second, asked_unix_ms=1)
