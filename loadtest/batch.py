@@ -44,6 +44,8 @@ class Run:
         self.stack, self.lines, self.real = stack, lines, real
         self.max_tokens = REAL_TOKENS if real else STUB_TOKENS
         self.memory_bytes: dict[str, int] = {}
+        self.processor_s: dict[str, float] = {}
+        """From the batch's creation to its end."""
         self.start_worker()
 
     def start_worker(self) -> None:
@@ -69,6 +71,7 @@ class Run:
         """Upload, create, wait; return the batch and the seconds from its creation to its end."""
         client = self.client
         file = client.files.create(file=("lines.jsonl", io.BytesIO(self.content())), purpose="batch")
+        before_s = self.stack.processor_s()
         started_s = time.monotonic()
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
@@ -85,7 +88,10 @@ class Run:
             if victims and done > self.lines * (1 - len(victims) / (len(KILLED) + 1)):
                 self._kill(victims.pop(0))
                 client = self.client
-        return batch, time.monotonic() - started_s
+        took_s = time.monotonic() - started_s
+        for name, now_s in self.stack.processor_s().items():
+            self.processor_s[name] = now_s - before_s.get(name, 0.0)
+        return batch, took_s
 
     def _kill(self, victim: str) -> None:
         print(f"kill -9 {victim}", file=sys.stderr)
@@ -163,6 +169,9 @@ def measure(parsed: argparse.Namespace) -> list[Row]:
     rows.append(_none("lines that are not there once and right", f"of {run.lines}", wrong_lines))
     rows.append(_none("records that do not fit", "records", wrong_records))
     rows.append(_none("the audit's findings", "findings", len(findings)))
+    if not parsed.kill:
+        for name, spent_s in [*sorted(run.processor_s.items()), ("all", sum(run.processor_s.values()))]:
+            rows.append(Row(f"processor time for a line: {name}", "ms", round(spent_s / run.lines * 1000, 2)))
     for name, size in sorted(run.memory_bytes.items()):
         mib = round(size / 2**20, 1)
         bounded = name in OURS

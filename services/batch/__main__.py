@@ -11,14 +11,26 @@ from services.batch import upkeep
 from services.batch.commands import CommandHandler
 from services.batch.dispatch import Dispatcher
 from services.batch.endings import Endings
+from services.batch.opening import Opener
+from services.batch.own_resources import OwnResources
+from services.batch.own_table import OwnTable
 from services.batch.owner import LineOwner
+from services.batch.paying import CAP_ACTIONS, LinePayer
 from services.batch.preparation import Preparer
+from services.batch.quote_views import QuoteViews
+from services.batch.quotes import Quoter, QuoteTable
 from services.batch.results import Results
+from services.batch.schedules import Schedules
 from services.batch.settings import BatchSettings
 from services.batch.store import Store
+from services.batch.submission.door import SubmissionDoor
+from services.batch.submission.tables import SubmissionTables
 from services.batch.views import Views
 from shared import telemetry, topology
 from shared.broker import Broker
+from shared.budgets.gate import BudgetGate
+from shared.budgets.table import BudgetTable
+from shared.commands import CommandCaller
 from shared.database import Database
 from shared.file_store import FileStore
 from shared.ids import new_id
@@ -39,10 +51,33 @@ async def serve(settings: BatchSettings, life: Lifetime) -> None:
     tokenizers = TokenizerPool(settings.model_store)
     results = Results(store)
     endings = Endings(store, results, tokenizers, lambda batch_id: dispatcher.came_back(batch_id))
-    owner = LineOwner(broker, endings.on_done)
+    calls = CommandCaller(broker)
+    owner = LineOwner(broker, endings.on_done, calls.on_result)
+    calls.reply_queue = owner.queue
     preparer = Preparer(tokenizers, owner.queue)
-    dispatcher = Dispatcher(store, views, files, owner, results, endings, preparer, settings.in_flight)
-    commands = CommandHandler(broker, store, views, files, dispatcher.wake, settings.open_per_team)
+    caps = BudgetTable(database, CAP_ACTIONS)
+    budgets = BudgetGate(broker, caps, owner.instance_id, settings.capped_line_s)
+    payer = LinePayer(budgets, settings.capped_line_s)
+    quote_views = QuoteViews(database)
+    own = OwnResources(OwnTable(database, store), quote_views, files, preparer, calls)
+    queued = SubmissionTables(database, store)
+    dispatcher = Dispatcher(
+        store, views, files, owner, results, endings, preparer, payer, own, queued, settings.in_flight
+    )
+    quotes = QuoteTable(database, store)
+    quoter = Quoter(quotes, views, quote_views, files, preparer)
+    door = await SubmissionDoor.open(
+        settings, database, store, queued, views, dispatcher.has_more, life.stack
+    )
+
+    def changed() -> None:
+        dispatcher.wake()
+        quoter.wake()
+        door.wake()
+
+    opener = Opener(store, views, settings.open_per_team)
+    schedules = Schedules(database, store, opener)
+    commands = CommandHandler(broker, store, views, files, changed, opener, quotes, schedules, door.commands)
 
     def observe(_options: CallbackOptions) -> list[Observation]:
         return [Observation(dispatcher.lines_out)]
@@ -59,23 +94,31 @@ async def serve(settings: BatchSettings, life: Lifetime) -> None:
         await upkeep.lead(lease)
         async with asyncio.TaskGroup() as group:
             group.create_task(upkeep.keep_leading(lease))
-            await upkeep.take_over(dispatcher.takeover)
+            await upkeep.until_done(dispatcher.takeover)
+            await upkeep.until_done(caps.refresh)
+            group.create_task(caps.keep_fresh())
             tokenizers.start(group)
             await owner.start(group)
             group.create_task(results.run())
             group.create_task(endings.run())
             group.create_task(dispatcher.run())
+            group.create_task(quoter.run())
+            group.create_task(own.run())
+            group.create_task(schedules.run())
             group.create_task(upkeep.relay(store, broker))
             group.create_task(upkeep.sweep(store, files))
             group.create_task(
                 broker.consume(topology.BATCH_COMMANDS, BatchCommand, commands.on_command, prefetch=4)
             )
+            door.start(group)
             log.info("batch_service_leads", instance=owner.instance_id)
 
+    await budgets.start(life.group)
     acting = life.group.create_task(act())
     await life.stopping.wait()
     acting.cancel()
     await asyncio.wait([acting])
+    await budgets.drain()
     # Answers that are here are kept; what is out is put back by whoever leads next, at once.
     await upkeep.hand_over(lease, results)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
+from services.batch.opening import NotOpened, Opener
+from services.batch.quotes import COUNTING_PER_TEAM, QuoteTable
+from services.batch.schedules import Schedules
 from services.batch.states import OPEN_STATES
 from services.batch.store import Store
 from services.batch.views import Views
@@ -14,14 +18,35 @@ from shared.broker import Broker, Delivery
 from shared.database import Connection
 from shared.file_store import FileStore
 from shared.ids import new_id
-from shared.messages import BatchCommand, CancelBatch, CommandResult, CreateBatch, DeleteBatchFile
+from shared.messages import (
+    BatchCommand,
+    CancelBatch,
+    ChangeSchedule,
+    CommandResult,
+    CreateBatch,
+    CreateQueueCredential,
+    CreateSchedule,
+    DeleteBatchFile,
+    DeleteSchedule,
+    QueueCredentialCommand,
+    QuoteBatch,
+    RevokeQueueCredential,
+    RotateQueueCredential,
+)
 from shared.outcomes import Done, Dropped, Outcome, Unavailable
 
 log = structlog.get_logger()
 
 
+class QueueCommands(Protocol):
+    """`submission.credentials.Credentials`."""
+
+    async def run(self, connection: Connection, command: QueueCredentialCommand) -> CommandResult: ...
+
+
 class CommandHandler:
-    """changed: told when there is something new to look at. open_per_team: batches that may be open at once."""
+    """changed: told when there is something new to look at. queue: who makes credentials for submission through the broker;
+    None where that is not set up."""
 
     def __init__(
         self,
@@ -30,11 +55,15 @@ class CommandHandler:
         views: Views,
         files: FileStore,
         changed: Callable[[], None],
-        open_per_team: int,
+        opener: Opener,
+        quotes: QuoteTable,
+        schedules: Schedules,
+        queue: QueueCommands | None,
     ) -> None:
         self._broker, self._store, self._views, self._files = broker, store, views, files
         self._changed = changed
-        self._open_per_team = open_per_team
+        self._opener, self._quotes, self._schedules = opener, quotes, schedules
+        self._queue = queue
 
     async def on_command(self, delivery: Delivery) -> Outcome:
         command: BatchCommand = delivery.message
@@ -47,11 +76,17 @@ class CommandHandler:
                 match command:
                     case CreateBatch():
                         result = await self._create(connection, command)
+                    case QuoteBatch():
+                        result = await self._quote(connection, command)
+                    case CreateSchedule() | ChangeSchedule() | DeleteSchedule():
+                        result = await self._schedules.carry_out(connection, command)
                     case CancelBatch():
                         result = await self._cancel(connection, command)
                     case DeleteBatchFile():
                         deleted = await self._store.delete_file(connection, command.team_id, command.file_id)
                         result = _yes(command) if deleted is not None else _no(command, "not_found")
+                    case CreateQueueCredential() | RotateQueueCredential() | RevokeQueueCredential():
+                        result = await self._queue_credential(connection, command)
                 await self._store.keep_result(connection, result)
         if deleted is not None:
             await self._files.delete(deleted)
@@ -64,16 +99,29 @@ class CommandHandler:
             log.warning("command_answer_not_sent", command_id=command.command_id, reason=str(error))
         return Done()
 
+    async def _queue_credential(
+        self, connection: Connection, command: QueueCredentialCommand
+    ) -> CommandResult:
+        if self._queue is None:
+            return _no(command, "queue_off", "Batches through the queue are not set up here.")
+        return await self._queue.run(connection, command)
+
     async def _create(self, connection: Connection, command: CreateBatch) -> CommandResult:
-        file = await self._views.input_file(command.team_id, command.input_file_id)
+        opened = await self._opener.open(connection, command)
+        if isinstance(opened, NotOpened):
+            return _no(command, opened.code, opened.message)
+        return _yes(command, batch_id=opened)
+
+    async def _quote(self, connection: Connection, command: QuoteBatch) -> CommandResult:
+        file = await self._views.input_file(connection, command.team_id, command.input_file_id)
         if file is None:
             return _no(command, "file_not_found", "There is no such file.")
-        if await self._store.open_count(connection, command.team_id) >= self._open_per_team:
-            message = f"A team has at most {self._open_per_team} batches that are not over."
-            return _no(command, "too_many_batches", message)
-        batch_id = new_id("batch")
-        await self._store.add_batch(connection, batch_id, command, file.storage_path)
-        return _yes(command, batch_id=batch_id)
+        if await self._quotes.counting_of(connection, command.team_id) >= COUNTING_PER_TEAM:
+            message = f"At most {COUNTING_PER_TEAM} quotes of a team are counted at once."
+            return _no(command, "too_many_quotes", message)
+        quote_id = new_id("quote")
+        await self._quotes.add(connection, quote_id, command, file.storage_path)
+        return _yes(command, quote_id=quote_id)
 
     async def _cancel(self, connection: Connection, command: CancelBatch) -> CommandResult:
         state = await self._store.lock_batch(connection, command.team_id, command.batch_id)

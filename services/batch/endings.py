@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,8 @@ log = structlog.get_logger()
 RETRIES = 2
 """Of a line that failed by our fault; what is wrong with the line itself is not tried again."""
 RETRY_S = 0.5
+SPELL_LIMIT_S = 60.0
+"""A tokenizer that is busy answers long before; one whose model was deleted never does."""
 
 CLOSED_CODES: dict[LineEnd, str] = {"cancelled": "batch_cancelled", "expired": "batch_expired"}
 
@@ -98,6 +101,9 @@ class Endings:
     async def _failed(self, run: LineRun) -> None:
         failure = run.failure()
         assert failure is not None
+        if failure.outcome == "expired" and not run.ends_with_its_batch:
+            await self.put_back([run], "out_too_long")
+            return
         if failure.outcome == "expired":
             self._results.add(_ended(run, "expired", None, b""), _voids(run, CLOSED_CODES["expired"]))
             return
@@ -113,17 +119,20 @@ class Endings:
         )
 
     async def _spelled(self, run: LineRun) -> None:
-        """The answer shows tokens by themselves: their spelling is the tokenizer's."""
+        """The answer shows tokens by themselves: their spelling is the tokenizer's, which may be gone with its model."""
+        until_s = time.monotonic() + SPELL_LIMIT_S
         while True:
             try:
                 spellings = await self._tokenizers.spellings(
                     run.prepared.model.tokenizer_folder, run.tokens_to_spell()
                 )
-                break
+                return self._results.add(_succeeded(run, run.body(spellings)))
             except ApiError as error:
                 log.warning("spellings_not_had", job_id=run.job_id, code=error.code)
-                await asyncio.sleep(RETRY_S)
-        self._results.add(_succeeded(run, run.body(spellings)))
+                if error.status != 503 or time.monotonic() > until_s:
+                    failed = _ended(run, "failed", error.status, error_body(error))
+                    return self._results.add(failed, _voids(run, error.code))
+            await asyncio.sleep(RETRY_S)
 
 
 def _succeeded(run: LineRun, body: bytes) -> Ended:

@@ -52,6 +52,12 @@ class LineRun:
         return None not in self.ends
 
     @property
+    def ends_with_its_batch(self) -> bool:
+        """Whether the deadline of its jobs is the batch's end, and not an earlier one."""
+        ends_unix_ms = int(self.prepared.batch.expires_at.timestamp() * 1000)
+        return self.prepared.jobs[0].deadline_unix_ms >= ends_unix_ms
+
+    @property
     def completion_tokens(self) -> int:
         return sum(len(tokens) for owned in self.owned for tokens in owned.tokens)
 
@@ -155,6 +161,8 @@ def voided(job: JobQueueMessage, reason_code: str) -> JobVoided:
         accepted_unix_ms=job.accepted_unix_ms,
         voided_unix_ms=time.time_ns() // 1_000_000,
         error_code=reason_code,
+        lease_ids=job.lease_ids,
+        reserved_nanousd=job.reserved_nanousd,
     )
 
 
@@ -190,6 +198,8 @@ def voids_of_lost(lost: Lost) -> list[JobVoided]:
             accepted_unix_ms=lost.accepted_unix_ms,
             voided_unix_ms=time.time_ns() // 1_000_000,
             error_code="owner_lost",
+            lease_ids=list(lost.reserved.lease_ids),
+            reserved_nanousd=lost.reserved.nanousd[index] if lost.reserved.nanousd else 0,
         )
-        for job_id in (job_id_at(lost.job_id, index) for index in range(lost.jobs))
+        for index, job_id in enumerate(job_id_at(lost.job_id, index) for index in range(lost.jobs))
     ]

@@ -17,6 +17,7 @@ import structlog
 from services.batch.line_run import LineRun
 from shared import topology
 from shared.broker import Broker, Delivery
+from shared.gathering import Gathering
 from shared.ids import new_id
 from shared.messages import (
     CommandResult,
@@ -24,7 +25,6 @@ from shared.messages import (
     FinishedReport,
     JobClaimed,
     JobFinished,
-    Message,
     Outcome,
     OwnerBeat,
     ReplyMessage,
@@ -48,25 +48,33 @@ most 60 s. Should it come after all, the second copy's claim is refused."""
 LOOK_FOR_LOST_S = 15.0
 
 Done = Callable[[LineRun], None]
+OnResult = Callable[[CommandResult], None]
 
 
 class LineOwner:
-    """All lines that are out. `on_done` is called once for each, when all its jobs are over or one has failed."""
+    """All lines that are out. `on_done` is called once for each, when all its jobs are over or one has failed.
 
-    def __init__(self, broker: Broker, on_done: Done) -> None:
+    on_result: told the answers to our own commands, which come to the same queue.
+    """
+
+    def __init__(self, broker: Broker, on_done: Done, on_result: OnResult) -> None:
         self.instance_id = new_id("bat")
         self._reply_queue = topology.reply_queue(self.instance_id)
         self.queue = self._reply_queue.name
         self._broker = broker
         self._on_done = on_done
+        self._on_result = on_result
         self._jobs: dict[str, tuple[LineRun, int]] = {}
         self._runs: dict[str, LineRun] = {}
         self._ended: OrderedDict[str, FinishedReport] = OrderedDict()
         self._inbox: asyncio.Queue[ReplyMessage] = asyncio.Queue(INBOX_LIMIT)
+        # Workers repeat their claims, and cancels are repeated by the absence from our beat.
+        self._to_workers = Gathering(broker)
 
     async def start(self, group: asyncio.TaskGroup) -> None:
         """Consume the reply queue and keep the jobs' clocks; ends with the group."""
         await self._broker.subscribe(self._reply_queue, ReplyMessage, self._receive, prefetch=0, no_ack=True)
+        group.create_task(self._to_workers.run())
         group.create_task(self._dispatch())
         group.create_task(self._tick())
         group.create_task(self._beat())
@@ -113,7 +121,7 @@ class LineOwner:
             self._jobs.pop(owned.job.job_id, None)
             for action in owned.give_up(outcome, code, None, time.monotonic()):
                 if isinstance(action, Send):
-                    await self._send(action.queue, action.message)
+                    self._to_workers.put(action.queue, action.message)
                 elif isinstance(action, End):
                     run.ends[index] = action
 
@@ -138,7 +146,7 @@ class LineOwner:
                             owned = found[0].owned[found[1]]
                             await self._act(*found, owned.on_beat(message.worker_id, attempt, now_s))
                 case CommandResult():
-                    log.warning("unexpected_reply", command_id=message.command_id)
+                    self._on_result(message)
 
     async def _on_claim(self, claim: JobClaimed, now_s: float) -> None:
         if (found := self._jobs.get(claim.job_id)) is not None:
@@ -147,13 +155,13 @@ class LineOwner:
         report = self._ended.get(claim.job_id)
         reason: Literal["finished", "unknown"] = "finished" if report else "unknown"
         drop = Drop(job_id=claim.job_id, claim_id=claim.claim_id, reason=reason, report=report)
-        await self._send(claim.worker_queue, drop)
+        self._to_workers.put(claim.worker_queue, drop)
 
     async def _act(self, run: LineRun, index: int, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Send(queue, message):
-                    await self._send(queue, message)
+                    self._to_workers.put(queue, message)
                 case Deliver():
                     run.deliver(index, action)
                 case End():
@@ -174,13 +182,6 @@ class LineOwner:
         if run.is_over:
             self._runs.pop(run.job_id, None)
             self._on_done(run)
-
-    async def _send(self, queue: str, message: Message) -> None:
-        try:
-            await self._broker.send(queue, message)
-        except Unavailable as error:
-            # Workers repeat their claims, and cancels are repeated by the absence from our beat.
-            log.info("worker_message_not_sent", queue=queue, error=str(error))
 
     async def _republish(self, owned: OwnedJob) -> None:
         log.warning("job_republished", job_id=owned.job.job_id, attempt=owned.attempt)
@@ -206,7 +207,7 @@ class LineOwner:
                 if (queue := run.owned[index].holder_queue) is not None:
                     held.setdefault(queue, []).append(job_id)
             for queue, job_ids in held.items():
-                await self._send(queue, OwnerBeat(owner_queue=self.queue, job_ids=job_ids))
+                self._to_workers.put(queue, OwnerBeat(owner_queue=self.queue, job_ids=job_ids))
 
     async def _look_for_lost(self) -> None:
         """Publish again what nobody claimed although its queue is empty."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import structlog
 
 from services.batch.fairness import by_prefix
+from services.batch.line_texts import LineTexts
 from services.batch.preparation import Prepared, Preparer, Refused
 from services.batch.records import Batch, LineRef
 from services.batch.store import Store
-from shared.file_store import FileStore
 from shared.inference.principal import ModelView, Route
 
 log = structlog.get_logger()
@@ -25,7 +25,7 @@ class Pages:
     """`ready` is what can go out. `load` is called again and again; it reads on after the last line it has seen."""
 
     def __init__(
-        self, batch: Batch, model: ModelView, store: Store, files: FileStore, preparer: Preparer
+        self, batch: Batch, model: ModelView, store: Store, texts: LineTexts, preparer: Preparer
     ) -> None:
         self.batch = batch
         self.model = model
@@ -33,18 +33,33 @@ class Pages:
         self.loading = False
         self.exhausted = False
         """No line waits behind those that were read. `restart` looks again from the beginning."""
-        self._store, self._files, self._preparer = store, files, preparer
+        self._store, self._texts, self._preparer = store, texts, preparer
         self._after_line = 0
         self._restarts = 0
         """A page that was being read at a restart is forgotten."""
+        self._additions = 0
+        """A page that was found empty beside an addition says nothing of what was added."""
         self._route: Route | None = None
 
     def needs_lines(self) -> bool:
         return not self.loading and not self.exhausted and len(self.ready) < PAGE_LINES // 2
 
+    def give_back(self, lines: Sequence[Prepared]) -> None:
+        """Lines that were taken from `ready` and did not go out. They are prepared for the resource of then."""
+        route = self._route
+        if route is None or any(line.resource_id != route.resource.resource_id for line in lines):
+            self.restart()
+        else:
+            self.ready.extendleft(reversed(lines))
+
     def is_read(self) -> bool:
         """Whether every line that waited when it was looked for has gone out."""
         return self.exhausted and not self.ready and not self.loading
+
+    def more(self) -> None:
+        """There are lines behind the last one."""
+        self._additions += 1
+        self.exhausted = False
 
     def restart(self) -> None:
         """Forget what was read ahead: lines came back, or they run elsewhere now."""
@@ -64,23 +79,16 @@ class Pages:
 
         Raises `Unavailable`, `MissingFile`, or ApiError 503 when the tokenizers are busy; then nothing was read.
         """
-        route, after_line, restarts = self._route, self._after_line, self._restarts
+        route, after_line = self._route, self._after_line
+        restarts, additions = self._restarts, self._additions
         assert route is not None
         lines = await self._store.waiting_lines(self.batch.batch_id, after_line, PAGE_LINES)
         page = cut_page(lines)
         if not page:
-            self.exhausted = self._restarts == restarts
+            self.exhausted = (self._restarts, self._additions) == (restarts, additions)
             return []
-        start = page[0].offset
-        text = await self._files.read_range(
-            self.batch.input_path, start, page[-1].offset + page[-1].length - start
-        )
-        found = await self._preparer.prepare(
-            self.batch,
-            self.model,
-            route,
-            [(each.line, text[each.offset - start : each.offset - start + each.length]) for each in page],
-        )
+        texts = await self._texts.read(self.batch, page)
+        found = await self._preparer.prepare(self.batch, self.model, route, texts)
         if self._restarts != restarts:
             return []
         self._after_line = page[-1].line
@@ -91,8 +99,10 @@ class Pages:
 def cut_page(lines: Sequence[LineRef]) -> list[LineRef]:
     """The first of these lines whose texts lie close enough together to be read at once; one at least. Pure."""
     page: list[LineRef] = []
+    size = 0
     for each in lines:
-        if page and each.offset + each.length - page[0].offset > PAGE_BYTES:
+        size += each.length  # of lines that are in no file all offsets are the same
+        if page and max(size, each.offset + each.length - page[0].offset) > PAGE_BYTES:
             break
         page.append(each)
     return page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -41,6 +41,14 @@ class LineRef:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What a line holds of budgets: so much for each of its jobs, of each of these leases. Both empty without a cap."""
+
+    lease_ids: Sequence[str] = ()
+    nanousd: Sequence[int] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
     """A line that goes out now. `job_id` is the first of `jobs` jobs with ids in a row."""
@@ -53,6 +61,7 @@ class Dispatched:
     resource_id: str
     billing: BillingMode
     accepted_unix_ms: int
+    reserved: Reserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +91,7 @@ class Lost:
     resource_id: str
     billing: BillingMode
     accepted_unix_ms: int
+    reserved: Reserved
 
 
 @dataclass(frozen=True, slots=True)

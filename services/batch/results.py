@@ -78,6 +78,8 @@ class Results:
                 log.warning("results_held", count=len(group), error=str(error))
                 await asyncio.sleep(RETRY_S)
         now_s = time.monotonic()
+        for batch_id in [each for each, last in self._written.items() if now_s - last[-1][0] > RATE_WINDOW_S]:
+            del self._written[batch_id]
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for ended in lines:
             counts[ended.batch_id][0] += 1

@@ -27,3 +27,5 @@ BATCH_TRANSITIONS: dict[str, frozenset[str]] = {
     "cancelled": frozenset(),
 }
 OPEN_STATES = tuple(state for state, moves in BATCH_TRANSITIONS.items() if moves)
+ENDING_STATES = ("finalizing", "cancelling")
+"""All lines have ended, or will at once; then the files are written and named."""

@@ -13,8 +13,8 @@ from typing import Any
 import asyncpg
 
 from services.batch.input_lines import AcceptedLine, Problem
-from services.batch.records import Batch, Dispatched, Ended, LineRef, Lost, OutputFile
-from services.batch.states import OPEN_STATES, LineEnd
+from services.batch.records import Batch, Dispatched, Ended, LineRef, Lost, OutputFile, Reserved
+from services.batch.states import ENDING_STATES, OPEN_STATES, LineEnd
 from shared.database import Connection, Database
 from shared.inference.principal import ModelView
 from shared.lease import Lease
@@ -29,9 +29,9 @@ _BATCH = """
 _DISPATCH = """
     UPDATE batch.lines AS l
     SET state = 'running', job_id = g.job_id, jobs = g.jobs, request_id = g.request_id, resource_id = g.resource_id,
-        billing = g.billing, accepted_unix_ms = g.accepted_unix_ms
-    FROM unnest($1::text[], $2::int[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::bigint[])
-        AS g(batch_id, line, job_id, jobs, request_id, resource_id, billing, accepted_unix_ms)
+        billing = g.billing, accepted_unix_ms = g.accepted_unix_ms, reserved = g.reserved
+    FROM unnest($1::text[], $2::int[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::jsonb[])
+        AS g(batch_id, line, job_id, jobs, request_id, resource_id, billing, accepted_unix_ms, reserved)
     WHERE l.batch_id = g.batch_id AND l.line = g.line AND l.state = 'queued'
     RETURNING l.job_id
 """
@@ -244,6 +244,7 @@ class Store:
                 [n.resource_id for n in lines],
                 [n.billing for n in lines],
                 [n.accepted_unix_ms for n in lines],
+                [_encode_reserved(n.reserved) for n in lines],
             )
         return {row["job_id"] for row in rows}
 
@@ -266,12 +267,13 @@ class Store:
 
     async def running_lines(self, batch: Batch) -> list[Lost]:
         rows = await self._database.fetch(
-            "SELECT line, job_id, jobs, request_id, resource_id, billing, accepted_unix_ms FROM batch.lines"
+            "SELECT line, job_id, jobs, request_id, resource_id, billing, accepted_unix_ms, reserved"
+            " FROM batch.lines"
             " WHERE batch_id = $1 AND state = 'running' ORDER BY line",
             batch.batch_id,
             timeout_s=READ_TIMEOUT_S,
         )
-        return [Lost(batch, **dict(row)) for row in rows]
+        return [Lost(batch, **{**row, "reserved": _reserved(row["reserved"])}) for row in rows]
 
     async def requeue(self, lines: Sequence[tuple[str, int, str]], voids: Sequence[JobVoided]) -> None:
         """Put lines back, given as (batch, line, job); their jobs will never be charged for."""
@@ -288,6 +290,23 @@ class Store:
                 "UPDATE batch.lines SET state = $2 WHERE batch_id = $1 AND state = 'queued'", batch_id, state
             )
 
+    async def fail_waiting(self, batch_id: str, status: int, response: bytes) -> None:
+        """End all lines that are not out with one error."""
+        async with self.writing() as connection:
+            await connection.execute(
+                """
+                WITH ended AS (
+                    UPDATE batch.lines SET state = 'failed', status_code = $2, response = $3,
+                        request_id = 'req_' || md5(batch_id || '/' || line)
+                    WHERE batch_id = $1 AND state = 'queued' RETURNING 1
+                )
+                UPDATE batch.batches SET failed = failed + (SELECT count(*) FROM ended) WHERE batch_id = $1
+                """,
+                batch_id,
+                status,
+                response,
+            )
+
     # ---- the end of a batch
 
     async def is_done(self, batch_id: str) -> bool:
@@ -299,10 +318,13 @@ class Store:
         return row is not None and not row["more"]
 
     async def begin_finalizing(self, batch_id: str) -> None:
+        """Unless lines have come since it was seen to have none left: whoever adds some holds the batch's row, too."""
         async with self.writing() as connection:
+            await connection.execute("SELECT 1 FROM batch.batches WHERE batch_id = $1 FOR UPDATE", batch_id)
             await connection.execute(
-                "UPDATE batch.batches SET state = 'finalizing', finalizing_at = now()"
-                " WHERE batch_id = $1 AND state = 'in_progress'",
+                "UPDATE batch.batches b SET state = 'finalizing', finalizing_at = now()"
+                " WHERE batch_id = $1 AND state = 'in_progress' AND NOT EXISTS (SELECT 1 FROM batch.lines l"
+                " WHERE l.batch_id = b.batch_id AND l.state IN ('queued', 'running'))",
                 batch_id,
             )
 
@@ -317,8 +339,13 @@ class Store:
         )
 
     async def finish(self, batch: Batch, output: OutputFile | None, errors: OutputFile | None) -> None:
-        """Name the files and end the batch: cancelled, expired if a line did, else completed."""
+        """Name the files and end the batch: cancelled, expired if a line did, else completed.
+
+        Nothing for one that has ended since it was seen to be open: its files have their names.
+        """
         async with self.writing() as connection:
+            if await self.lock_batch(connection, batch.team_id, batch.batch_id) not in ENDING_STATES:
+                return
             for made in (output, errors):
                 if made is not None:
                     await connection.execute(
@@ -339,7 +366,7 @@ class Store:
                     cancelled_at = CASE WHEN state = 'cancelling' THEN now() END,
                     expired_at = CASE WHEN state <> 'cancelling' AND $4 THEN now() END,
                     completed_at = CASE WHEN state <> 'cancelling' AND NOT $4 THEN now() END
-                WHERE batch_id = $1 AND state IN ('finalizing', 'cancelling')
+                WHERE batch_id = $1
                 """,
                 batch.batch_id,
                 output.file_id if output else None,
@@ -364,20 +391,20 @@ class Store:
                 "UPDATE batch.files SET deleted_at = now() WHERE file_id = $1 AND deleted_at IS NULL", file_id
             )
 
-    async def sweep_lines(self, keep_s: float, batches: int) -> None:
-        """Delete the lines of some batches that are over for long."""
+    async def sweep_lines(self, keep_s: float, limit: int) -> bool:
+        """Delete some lines of batches that are over for long; whether there may be more."""
         async with self.writing() as connection:
-            await connection.execute(
+            deleted = await connection.execute(
                 """
-                DELETE FROM batch.lines WHERE batch_id IN (
-                    SELECT batch_id FROM batch.batches b
-                    WHERE coalesce(completed_at, expired_at, cancelled_at) < now() - make_interval(secs => $1)
-                      AND EXISTS (SELECT 1 FROM batch.lines l WHERE l.batch_id = b.batch_id)
+                DELETE FROM batch.lines WHERE (batch_id, line) IN (
+                    SELECT l.batch_id, l.line FROM batch.batches b JOIN batch.lines l USING (batch_id)
+                    WHERE coalesce(b.completed_at, b.expired_at, b.cancelled_at) < now() - make_interval(secs => $1)
                     LIMIT $2)
                 """,
                 keep_s,
-                batches,
+                limit,
             )
+        return bool(deleted == f"DELETE {limit}")
 
     # ---- facts for billing
 
@@ -402,6 +429,16 @@ class Store:
             await connection.executemany(
                 "INSERT INTO batch.outbox (event_id, payload) VALUES ($1, $2) ON CONFLICT DO NOTHING", rows
             )
+
+
+def _encode_reserved(reserved: Reserved) -> str | None:
+    if not reserved.lease_ids:
+        return None
+    return json.dumps({"lease_ids": list(reserved.lease_ids), "nanousd": list(reserved.nanousd)})
+
+
+def _reserved(text: str | None) -> Reserved:
+    return Reserved() if text is None else Reserved(**json.loads(text))
 
 
 def _batch(row: asyncpg.Record) -> Batch:

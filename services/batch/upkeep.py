@@ -23,6 +23,7 @@ KEEP_SENT_S = 3600.0
 KEEP_RESULTS_S = 24 * 3600.0
 SWEEP_S = 600.0
 SWEEP_GROUP = 100
+SWEEP_LINES = 5000
 KEEP_LINES_S = 24 * 3600.0
 """Rows of lines hold each answer once more; after a day the files alone have them."""
 HAND_OVER_S = 5.0
@@ -50,13 +51,13 @@ async def keep_leading(lease: Lease) -> None:
         await asyncio.sleep(LEASE_LOOK_S)
 
 
-async def take_over(put_back: Callable[[], Awaitable[None]]) -> None:
-    """Call `put_back` until it worked."""
+async def until_done(begin: Callable[[], Awaitable[None]]) -> None:
+    """Call what has to be done before the first round until it worked."""
     while True:
         try:
-            return await put_back()
+            return await begin()
         except Unavailable as error:
-            log.warning("takeover_held", error=str(error))
+            log.warning("start_held", error=str(error))
             await asyncio.sleep(LEASE_LOOK_S)
 
 
@@ -94,7 +95,8 @@ async def sweep(store: Store, files: FileStore) -> None:
             for file_id, path in await store.expired_files(SWEEP_GROUP):
                 await files.delete(path)
                 await store.mark_file_deleted(file_id)
-            await store.sweep_lines(KEEP_LINES_S, SWEEP_GROUP)
+            while await store.sweep_lines(KEEP_LINES_S, SWEEP_LINES):
+                pass
         except Unavailable as error:
             log.warning("not_swept", error=str(error))
         await asyncio.sleep(SWEEP_S)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import asyncpg
 
 from services.batch.routing import Purse
-from shared.database import Database
+from shared.database import Connection, Database
 from shared.inference.principal import BaseView, ModelView, ResourceView
 
 _MODEL = "SELECT * FROM gateway_api.model_revisions_v1"
@@ -26,8 +27,9 @@ class Views:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def input_file(self, team_id: str, file_id: str) -> InputFile | None:
-        row = await self._database.fetchrow(
+    async def input_file(self, connection: Connection, team_id: str, file_id: str) -> InputFile | None:
+        """connection: of the transaction it is asked in: one more of the pool beside it would be waited for by all, in vain."""
+        row = await connection.fetchrow(
             "SELECT storage_path, purpose FROM gateway_api.files_v1 WHERE team_id = $1 AND file_id = $2",
             team_id,
             file_id,
@@ -36,6 +38,8 @@ class Views:
 
     async def find_model(self, team_id: str, name: str) -> ModelView | None:
         """The current revision of a model that the team may use: its own by `name` or `team/name`, or the platform's."""
+        if "\x00" in name:  # no text of the database's can be so
+            return None
         slug, slash, own_name = name.rpartition("/")
         row = await self._database.fetchrow(
             _MODEL + " WHERE is_current AND name = $2 AND (team_id = $1 OR is_platform)"
@@ -54,12 +58,28 @@ class Views:
         )
         return None if row is None else _model(row)
 
+    async def existing(self, revisions: AbstractSet[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Those of these revisions, as (model, number), that are not deleted."""
+        rows = await self._database.fetch(
+            "SELECT model_id, revision FROM gateway_api.model_revisions_v1"
+            " JOIN unnest($1::text[], $2::int[]) AS wanted (model_id, revision) USING (model_id, revision)",
+            [each[0] for each in revisions],
+            [each[1] for each in revisions],
+        )
+        return {(row["model_id"], row["revision"]) for row in rows}
+
     async def ppt_fallback(self, team_ids: list[str]) -> dict[str, bool]:
         """Whether each team lets its work go to shared pools while its own resource cannot take it."""
         rows = await self._database.fetch(
             "SELECT team_id, ppt_fallback FROM gateway_api.teams_v1 WHERE team_id = ANY($1)", team_ids
         )
         return {row["team_id"]: row["ppt_fallback"] for row in rows}
+
+    async def is_suspended(self, team_id: str) -> bool:
+        row = await self._database.fetchrow(
+            "SELECT suspended FROM gateway_api.teams_v1 WHERE team_id = $1", team_id
+        )
+        return row is None or bool(row["suspended"])
 
     async def purse(self) -> Purse:
         """What tokens have a price now, who may spend nothing, and which budgets stop batches."""
@@ -72,10 +92,10 @@ class Views:
         stopped = await self._database.fetch(
             "SELECT team_id, scope, scope_id FROM billing_api.capped_batches_v1"
         )
-        # What is promised counts as spent: it is what live requests in flight may cost at most.
+        # What is reserved is no reason yet: it is what runs may cost at most, and each line asks for its own part.
         refused = await self._database.fetch(
             "SELECT team_id, scope, scope_id FROM billing_api.budgets_v1"
-            " WHERE 'refuse_ppt' = ANY(actions) AND posted_nanousd + reserved_nanousd >= limit_nanousd"
+            " WHERE 'refuse_ppt' = ANY(actions) AND posted_nanousd >= limit_nanousd"
         )
         return Purse(
             frozenset(row[0] for row in priced),
@@ -84,12 +104,15 @@ class Views:
             frozenset((row[0], row[1], row[2]) for row in refused),
         )
 
-    async def resources(self) -> list[ResourceView]:
-        rows = await self._database.fetch(
+    async def resources(self, connection: Connection | None = None) -> list[ResourceView]:
+        """connection: see `input_file`."""
+        rows = await (connection or self._database).fetch(
             "SELECT resource_id, team_id, model_type, pool, wanted, state, live_count, max_context_tokens, reason,"
             " extract(epoch FROM expected_live_at)::float8 AS expected_live_unix_s,"
-            " extract(epoch FROM created_at)::float8 AS created_unix_s"
-            " FROM scheduler_api.resources_v1 WHERE deleted_at IS NULL"
+            " extract(epoch FROM created_at)::float8 AS created_unix_s,"
+            " when_asleep = 'wake' AND min_now = 0 AND max_now > 0 AS wakes, takes_traffic"
+            " FROM scheduler_api.resources_v1 JOIN scheduler_api.scaling_v1 USING (resource_id)"
+            " JOIN scheduler_api.holds_v1 USING (resource_id) WHERE deleted_at IS NULL"
         )
         return [ResourceView(**dict(row)) for row in rows]
 

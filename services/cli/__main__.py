@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import batch, bench, chat, models, resources, size, usage
+from services.cli import batch, bench, billing, budgets, chat, models, prices, resources, size, usage
 from services.cli.client import CliError
 from services.cli.output import print_error
 from shared.settings import SettingsError
@@ -21,6 +21,10 @@ app = typer.Typer(
 app.add_typer(resources.app, name="resources")
 app.add_typer(models.app, name="models")
 app.add_typer(batch.app, name="batch")
+app.add_typer(billing.app, name="billing")
+app.add_typer(budgets.app, name="budgets")
+app.add_typer(prices.prices, name="prices")
+app.add_typer(prices.rates, name="rates")
 app.command()(chat.chat)
 app.command()(usage.usage)
 app.command()(size.size)

@@ -1,8 +1,7 @@
-"""`roundhouse batch`: submit a file of lines, watch it with a progress bar, fetch its results."""
+"""`roundhouse batch`: quote a file of lines, submit it, watch it with a progress bar, fetch its results."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,11 +12,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from services.cli import batch_queue, batch_queue_users, batch_schedules
 from services.cli.acting import api
+from services.cli.batch_file import first_url
+from services.cli.batch_quote import own_fields, show_quote
 from services.cli.client import ApiClient, CliError
 from services.cli.output import Json, print_fields, print_json, print_table
+from services.cli.settings import load_queue_user
 
-app = typer.Typer(help="Batches: submit, watch, results, cancel, list.", no_args_is_help=True)
+app = typer.Typer(
+    help="Batches: quote, submit, watch, results, cancel, list; recurring ones: schedule, schedules, pause, resume, unschedule; "
+    "users of the queue: queue-user, queue-users, queue-rotate, queue-revoke.",
+    no_args_is_help=True,
+)
+batch_schedules.add_to(app)
+batch_queue_users.add_to(app)
 PATH = "/v1/batches"
 OVER = ("completed", "failed", "expired", "cancelled")
 LOOK_S = 1.0
@@ -31,18 +40,69 @@ def submit(
     file: Annotated[Path, typer.Argument(help="Lines of JSON with custom_id, method, url and body.")],
     window: Annotated[str, typer.Option(help="Minutes or hours that it may take: 30m to 168h.")] = "24h",
     watch_it: Annotated[bool, typer.Option("--watch", help="Stay until it is over.")] = False,
+    own: Annotated[bool, typer.Option("--own", help="On GPUs of its own, sized for the window.")] = False,
+    option: Annotated[str | None, typer.Option(help="With --own: the performance option.")] = None,
+    max_gpus: Annotated[int | None, typer.Option(help="With --own: GPUs at most.")] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Publish the lines, as the user that QUEUE_URL names.")
+    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option("--id", help="With --queue: the same id again submits the same lines, each once."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --queue --watch: where results go, as they come.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload a file and run its lines; the first line says which endpoint."""
+    """Upload a file, or publish its lines to the queue, and run them; the first line says which endpoint."""
+    if queue:
+        if own or option is not None or max_gpus is not None:
+            raise CliError("--queue does not go with --own")
+        if out is not None and not watch_it:
+            raise CliError("--out goes with --watch")
+        _through_queue(file, window, name, out, watch_it=watch_it, as_json=as_json)
+        return
+    if name is not None or out is not None:
+        raise CliError("--id and --out go with --queue")
     client = api(context)
     endpoint = first_url(file)
+    if not own and (option is not None or max_gpus is not None):
+        raise CliError("--option and --max-gpus go with --own")
     uploaded = client.upload("/v1/files", file, {"purpose": "batch"})
-    batch = client.post(
-        PATH, {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": window}
-    )
+    body = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": window}
+    if own:
+        body["own_resource"] = {"option": option, "max_gpus": max_gpus}
+    batch = client.post(PATH, body)
     if watch_it:
         batch = _watched(client, str(batch["id"]))
     _show(batch, as_json=as_json)
+
+
+@app.command()
+def quote(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Lines of JSON with custom_id, method, url and body.")],
+    deadline: Annotated[str, typer.Option(help="Minutes or hours that it may take: 30m to 168h.")] = "24h",
+    option: Annotated[str | None, typer.Option(help="One performance option; else all are quoted.")] = None,
+    max_gpus: Annotated[int | None, typer.Option(help="GPUs of its own at most.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a file and say what its lines would take and cost: by the token, and on GPUs of their own."""
+    client = api(context)
+    uploaded = client.upload("/v1/files", file, {"purpose": "batch"})
+    body = {"input_file_id": uploaded["id"], "endpoint": first_url(file), "completion_window": deadline,
+            "option": option, "max_gpus": max_gpus}  # fmt: skip
+    made = client.post("/api/batches/quote", body)
+    while made["status"] == "counting":
+        time.sleep(LOOK_S)
+        made = client.get(f"/api/batches/quotes/{made['quote_id']}")
+    if made["errors"]:
+        raise CliError(f"{made['errors'][0]['code']}: {made['errors'][0]['message']}")
+    if as_json:
+        print_json(made)
+    else:
+        show_quote(made)
 
 
 @app.command()
@@ -54,12 +114,21 @@ def watch(context: typer.Context, batch_id: BatchId, as_json: Json = False) -> N
 @app.command()
 def results(
     context: typer.Context,
-    batch_id: BatchId,
+    batch_id: Annotated[str | None, typer.Argument(help="The batch's id; none with --queue.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write here instead of standard output.")
     ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Take those that wait in the reply queue, of whatever batch.")
+    ] = False,
 ) -> None:
     """The results so far, as lines of JSON in the input's order."""
+    if queue == (batch_id is not None):
+        raise CliError("name a batch, or --queue")
+    if queue:
+        with batch_queue.opened(out) as place:
+            batch_queue.take_results(load_queue_user(), place)
+        return
     pieces = api(context).download(f"{PATH}/{batch_id}/results")
     if out is None:
         for piece in pieces:
@@ -97,17 +166,21 @@ def list_all(context: typer.Context, as_json: Json = False) -> None:
     )
 
 
-def first_url(file: Path) -> str:
-    """The `url` of the first line that says something. Raises `CliError`."""
-    try:
-        with file.open("rb") as opened:
-            first = next((line for line in opened if line.strip().removeprefix(b"\xef\xbb\xbf")), b"")
-        url = json.loads(first.decode("utf-8-sig"))["url"]
-    except OSError as error:
-        raise CliError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CliError(f"the first line of {file} is no JSON object with a url") from error
-    return str(url)
+def _through_queue(
+    file: Path, window: str, name: str | None, out: Path | None, *, watch_it: bool, as_json: bool
+) -> None:
+    user = load_queue_user()
+    if not watch_it:
+        made = batch_queue.submit(user, file, window, name, None)
+    else:
+        with batch_queue.opened(out) as place:
+            made = batch_queue.submit(user, file, window, name, place)
+        if out is None:  # the results are what is printed
+            return
+    if as_json:
+        print_json(made)
+    else:
+        print_fields((field, value) for field, value in made.items() if value is not None)
 
 
 def _all(client: ApiClient) -> Iterator[dict[str, Any]]:
@@ -176,4 +249,5 @@ def _show(batch: Mapping[str, Any], *, as_json: bool) -> None:
         )
         for problem in (batch["errors"] or {"data": []})["data"]
     ]
+    fields += own_fields(batch["roundhouse"]["own_resource"])
     print_fields(fields)

@@ -47,11 +47,26 @@ class ApiClient:
     def post(self, path: str, body: Mapping[str, Any] | None = None, **query: str | None) -> dict[str, Any]:
         return self._json("POST", path, query, body or {})
 
+    def post_once(self, path: str, body: Mapping[str, Any], once_key: str) -> dict[str, Any]:
+        """Likewise, and the same key again changes nothing more: it is answered as the first time."""
+        return self._json("POST", path, {}, body, {"Idempotency-Key": once_key})
+
     def patch(self, path: str, body: Mapping[str, Any], **query: str | None) -> dict[str, Any]:
         return self._json("PATCH", path, query, body)
 
-    def put(self, path: str, body: Mapping[str, Any], **query: str | None) -> dict[str, Any]:
-        return self._json("PUT", path, query, body)
+    def put(
+        self, path: str, body: Mapping[str, Any], if_match: str | None = None, **query: str | None
+    ) -> dict[str, Any]:
+        """if_match: a tag of `get_tagged`; what was changed since then is not overwritten, but a `CliError`."""
+        return self._json("PUT", path, query, body, None if if_match is None else {"If-Match": if_match})
+
+    def get_tagged(self, path: str, **query: str | None) -> tuple[dict[str, Any], str | None]:
+        """The document, and the tag that says which version of it this is."""
+        with self._open("GET", path, query, None) as answer:
+            return _decode(answer.read(), self.url), answer.getheader("ETag")
+
+    def delete(self, path: str) -> None:
+        self._json("DELETE", path, {})
 
     def list(self, path: str, **query: str | None) -> Iterator[dict[str, Any]]:
         """Every item of a list, page after page."""
@@ -108,25 +123,35 @@ class ApiClient:
             raise CliError(f"{file} is a folder") from error
         return _decode(raw, self.url)
 
-    def download(self, path: str) -> Iterator[bytes]:
+    def download(self, path: str, **query: str | None) -> Iterator[bytes]:
         """The bytes of a file, or of an answer that is no JSON object, in pieces."""
-        with self._open("GET", path, {}, None) as answer:
+        with self._open("GET", path, query, None) as answer:
             while piece := answer.read(PIECE_BYTES):
                 yield piece
 
     def _json(
-        self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str | None],
+        body: Mapping[str, Any] | None = None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        with self._open(method, path, query, body) as answer:
+        with self._open(method, path, query, body, more_headers) as answer:
             raw = answer.read()
         return _decode(raw, self.url) if raw else {}
 
     def _open(
-        self, method: str, path: str, query: Mapping[str, str | None], body: Mapping[str, Any] | None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str | None],
+        body: Mapping[str, Any] | None,
+        more_headers: Mapping[str, str] | None = None,
     ) -> AbstractContextManager[http.client.HTTPResponse]:
         if body is None:
-            return self._send(method, path, query, None, {})
-        headers = {"Content-Type": "application/json"}
+            return self._send(method, path, query, None, more_headers or {})
+        headers = {"Content-Type": "application/json", **(more_headers or {})}
         return self._send(method, path, query, json.dumps(body).encode(), headers)
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from shared.settings import SettingsError, env, load
@@ -18,6 +18,24 @@ class CliSettings:
     url: str | None = env("ROUNDHOUSE_URL", None)
     api_key: str | None = env("ROUNDHOUSE_API_KEY", None, secret=True)
     model: str | None = env("ROUNDHOUSE_MODEL", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueSettings:
+    """A user of the queue, as `batch queue-user` shows it."""
+
+    url: str | None = env("QUEUE_URL", None, secret=True)
+    exchange: str | None = env("QUEUE_EXCHANGE", None)
+    reply_queue: str | None = env("QUEUE_REPLY", None)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueUser:
+    """Where to publish and where the answers come. `url` holds the secret."""
+
+    url: str = field(repr=False)
+    exchange: str
+    reply_queue: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +67,16 @@ def load_server(environment: Mapping[str, str] | None = None, env_file: Path = E
         missing = "ROUNDHOUSE_URL" if not given.url else "ROUNDHOUSE_API_KEY"
         raise SettingsError(f"{missing} is not set, and {env_file} does not say it: run 'make up', or set it")
     return Server(given.url.rstrip("/"), given.api_key, given.model)
+
+
+def load_queue_user(environment: Mapping[str, str] | None = None) -> QueueUser:
+    """Raises `SettingsError` if something is not set."""
+    given = load(QueueSettings, environment)
+    if not given.url or not given.exchange or not given.reply_queue:
+        raise SettingsError(
+            "QUEUE_URL, QUEUE_EXCHANGE and QUEUE_REPLY are not set: 'roundhouse batch queue-user NAME' shows them"
+        )
+    return QueueUser(given.url, given.exchange, given.reply_queue)
 
 
 def _read_env_file(path: Path) -> CliSettings:

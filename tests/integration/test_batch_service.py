@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import pytest
 from openai import OpenAI
 from openai.types import Batch
 
+from infra.local.demo_model import BASE_NAME
 from infra.local.scratch import execute
 from loadtest.stack import Stack, post, running_stack
 from tests.conftest import ROOT
@@ -400,6 +402,26 @@ def test_a_batch_that_is_over_is_not_cancelled(stack: Stack, client: OpenAI) -> 
     with pytest.raises(openai.ConflictError) as refused:
         client.batches.cancel(batch.id)
     assert refused.value.code == "batch_over"
+
+
+def test_lines_of_a_model_that_was_deleted_fail_at_once(stack: Stack, client: OpenAI) -> None:
+    model = post(
+        f"{stack.base_url}/api/models", stack.api_key, {"name": "short-lived", "path": BASE_NAME}
+    )  # fmt: skip
+    lines = chat_lines(stack, 400, 40).replace(stack.model, model["name"])
+    batch = wait_for_lines(client, submit(client, lines), 20)
+    request = urllib.request.Request(f"{stack.base_url}/api/models/{model['model_id']}", method="DELETE")
+    request.add_header("Authorization", f"Bearer {stack.api_key}")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 204
+    batch = wait_for(client, batch)
+    assert batch.status == "completed" and batch.request_counts is not None
+    counts = batch.request_counts
+    assert counts.failed > 0 and counts.completed + counts.failed == 400
+    failed = results(client, batch.error_file_id)
+    assert len(failed) == counts.failed == len({line["id"] for line in failed})
+    assert {line["response"]["status_code"] for line in failed} == {404}
+    assert {line["response"]["body"]["error"]["code"] for line in failed} == {"model_not_found"}
 
 
 # ---- restarts

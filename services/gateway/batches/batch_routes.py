@@ -9,15 +9,18 @@ from aiohttp import web
 
 from services.gateway.batches.file_routes import FileDeps, page_json, read_limit
 from services.gateway.batches.shapes import BATCH, batch_json, create_batch_schema, list_of, parse_batch
+from services.gateway.batches.tables import Tables
 from services.gateway.commands import refusal
 from services.gateway.edge import read_json
 from services.gateway.management.acting import answer, not_found, path_id, query_of
 from services.gateway.management.idempotency import command_envelope, idempotent
-from services.gateway.routes import INFERENCE, RouteSpec, principal_of
+from services.gateway.paying import insufficient_credit
+from services.gateway.routes import INFERENCE, MANAGE, RouteSpec, principal_of
 from services.gateway.store import Store
 from shared import topology
 from shared.inference.batch_output import output_line
 from shared.inference.errors import ApiError, must_not_retry
+from shared.inference.principal import Principal
 from shared.messages import CancelBatch, CommandResult, CreateBatch
 
 PAGE, MAX_PAGE = 20, 100
@@ -50,6 +53,16 @@ def routes(deps: FileDeps, store: Store) -> list[RouteSpec]:
     ]  # fmt: skip
 
 
+async def require_own_resource(tables: Tables, principal: Principal) -> None:
+    """Making and turning on resources takes the scope for it, and somebody who pays. Raises `ApiError`."""
+    if MANAGE not in principal.scopes:
+        raise ApiError(
+            403, "insufficient_scope", "own_resource needs a key with the scope manage.", param="own_resource"
+        )
+    if await tables.spendable(principal.team_id) == 0:
+        raise insufficient_credit()
+
+
 class _Handlers:
     def __init__(self, deps: FileDeps) -> None:
         self._deps = deps
@@ -57,6 +70,8 @@ class _Handlers:
     async def create(self, request: web.Request) -> web.StreamResponse:
         wanted = parse_batch(await read_json(request))
         principal = principal_of(request)
+        if wanted.own_resource is not None:
+            await require_own_resource(self._deps.tables, principal)
         command = CreateBatch(
             **await command_envelope(request, self._deps.commands),
             team_id=principal.team_id,
@@ -67,6 +82,7 @@ class _Handlers:
             completion_window_s=wanted.completion_window_s,
             metadata=dict(wanted.metadata),
             output_expires_after_s=wanted.output_expires_after_s,
+            own_resource=wanted.own_resource,
         )
         result = await self._call(command)
         return await self._shown(principal.team_id, str(result.body["batch_id"]))

@@ -14,11 +14,12 @@ from aiohttp import web
 from services.gateway.batches.shapes import DELETED, FILE, MAX_KEEP_S, MIN_KEEP_S, file_json, list_of
 from services.gateway.batches.tables import BYTES_PER_TEAM, FILES_PER_TEAM, FileRow, Tables
 from services.gateway.batches.uploads import MAX_FILE_BYTES, MAX_UPLOAD_BYTES, Uploaded, receive
-from services.gateway.commands import CommandCaller, refusal
+from services.gateway.commands import refusal
 from services.gateway.management.acting import answer, not_found, path_id, query_of
 from services.gateway.management.idempotency import command_envelope
 from services.gateway.routes import INFERENCE, RouteSpec, principal_of
 from shared import topology
+from shared.commands import CommandCaller
 from shared.file_store import FileStore, MissingFile
 from shared.ids import new_id
 from shared.inference.errors import ApiError, bad_request, must_not_retry
@@ -119,7 +120,7 @@ class _Handlers:
         file = await self._file(request)
         if file.own:
             if await self._deps.tables.is_in_use(file.file_id):
-                message = "A batch that is not over reads this file."
+                message = "A batch that is not over, or a schedule, reads this file."
                 raise must_not_retry(ApiError(409, "file_in_use", message))
             # The bytes first: a row without them is deleted again, bytes without a row would stay for ever.
             await self._deps.files.delete(file.storage_path)

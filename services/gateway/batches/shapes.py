@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, cast
 
 from services.gateway.batches.tables import FileRow
+from shared.completion_window import WORDS, window_s
 from shared.inference.errors import bad_request
 from shared.inference.rules import (
     Field,
@@ -24,11 +24,11 @@ from shared.inference.rules import (
     object_schema,
     parse_fields,
 )
+from shared.messages import OwnResource
+from shared.usd import format_usd
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-_WINDOW = re.compile(r"([1-9][0-9]{0,3})([mh])")
-MAX_WINDOW_S = 7 * 24 * 3600
 MIN_KEEP_S, MAX_KEEP_S = 3600, 30 * 24 * 3600
 
 _BATCH_FIELDS = by_name(
@@ -45,6 +45,16 @@ _BATCH_FIELDS = by_name(
             )
         ),
     ),
+    Field(
+        "own_resource",
+        ObjectOf(
+            (
+                Field("option", Text(1, 63)),
+                Field("max_gpus", IntegerIn(1, 64)),
+                Field("quote_id", Text(1, 64)),
+            )
+        ),
+    ),
 )
 
 
@@ -56,6 +66,8 @@ class NewBatch:
     completion_window_s: int
     metadata: Mapping[str, str]
     output_expires_after_s: int | None
+    own_resource: OwnResource | None = None
+    """GPUs for this batch alone; None: it runs where live requests do."""
 
 
 def create_batch_schema() -> Schema:
@@ -65,10 +77,7 @@ def create_batch_schema() -> Schema:
 def parse_batch(body: Mapping[str, Any]) -> NewBatch:
     """Read the body of `POST /v1/batches`. Raises ApiError 400."""
     values = parse_fields(body, _BATCH_FIELDS)
-    window = _WINDOW.fullmatch(values["completion_window"])
-    window_s = int(window[1]) * (60 if window[2] == "m" else 3600) if window else 0
-    if not 0 < window_s <= MAX_WINDOW_S:
-        raise invalid_value("completion_window", "must be minutes or hours such as 30m or 24h, at most 168h")
+    completion_window_s = read_window(values["completion_window"])
     keep = values["output_expires_after"]
     metadata = body.get("metadata") or {}  # the rule has checked it
     if any("\x00" in key or "\x00" in value for key, value in metadata.items()):
@@ -77,10 +86,27 @@ def parse_batch(body: Mapping[str, Any]) -> NewBatch:
         input_file_id=values["input_file_id"],
         endpoint=cast(Endpoint, values["endpoint"]),
         completion_window=values["completion_window"],
-        completion_window_s=window_s,
+        completion_window_s=completion_window_s,
         metadata=metadata,
         output_expires_after_s=keep["seconds"] if keep else None,
+        own_resource=_own_resource(values["own_resource"]),
     )
+
+
+def _own_resource(found: Mapping[str, Any] | None) -> OwnResource | None:
+    if found is None:
+        return None
+    return OwnResource(
+        option=found.get("option"), max_gpus=found.get("max_gpus"), quote_id=found.get("quote_id")
+    )
+
+
+def read_window(text: str) -> int:
+    """Return a completion window in seconds. Raises ApiError 400."""
+    found = window_s(text)
+    if found is None:
+        raise invalid_value("completion_window", WORDS)
+    return found
 
 
 def file_json(file: FileRow) -> dict[str, Any]:
@@ -107,7 +133,8 @@ def batch_json(row: Mapping[str, Any], now_unix_s: float) -> dict[str, Any]:
         "endpoint": row["endpoint"],
         "model": row["model_name"],
         "errors": {"object": "list", "data": errors} if errors else None,
-        "input_file_id": row["input_file_id"],
+        # None for one whose lines came through the queue.
+        "input_file_id": row["input_file_id"] or None,
         "completion_window": row["completion_window"],
         "status": row["state"],
         "output_file_id": row["output_file_id"],
@@ -136,6 +163,37 @@ def _progress(row: Mapping[str, Any], now_unix_s: float) -> dict[str, Any]:
         "tokens_per_s": round(float(row["tokens_per_s"]), 1) if runs else 0.0,
         "expected_finish_at": round(now_unix_s + left / pace) if pace > 0 else None,
         "waiting_for": (row["waiting_for"] or None) if runs else None,
+        "own_resource": None if row["own_state"] is None else _own_json(row),
+    }
+
+
+def _own_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a batch that has a resource for itself was quoted, and what it came to. Minutes are posted as they go by."""
+    quoted = None if row["own_quoted"] is None else json.loads(row["own_quoted"])
+    offer: dict[str, Any] = {}
+    if quoted is not None:
+        offer = next(each for each in quoted["offers"] if each["gpus"] == quoted["gpus"])
+    ended = next((row[name] for name in ("completed_at", "expired_at", "cancelled_at") if row[name]), None)
+    return {
+        "state": row["own_state"],
+        "resource_id": row["own_resource_id"],
+        "option": None if quoted is None else quoted["option"],
+        "gpus": row["own_gpus"],
+        "quoted": None
+        if quoted is None
+        else {
+            "gpus": quoted["gpus"],
+            "finish_s": offer["finish_s"],
+            "minutes": offer["minutes"],
+            "cost_nanousd": offer["cost_nanousd"],
+            "cost_usd": offer["cost_usd"],
+        },
+        "real": {
+            "finish_s": None if ended is None else round((ended - row["created_at"]).total_seconds()),
+            "minutes": row["own_minutes"],
+            "cost_nanousd": row["own_cost_nanousd"],
+            "cost_usd": format_usd(row["own_cost_nanousd"]),
+        },
     }
 
 
@@ -174,7 +232,7 @@ BATCH: Schema = {
         "endpoint": {"enum": list(ENDPOINTS)},
         "model": _MAYBE_TEXT,
         "errors": {"type": ["object", "null"]},
-        "input_file_id": _TEXT,
+        "input_file_id": _MAYBE_TEXT,
         "completion_window": _TEXT,
         "status": _TEXT,
         "output_file_id": _MAYBE_TEXT,

@@ -14,6 +14,9 @@ from shared.database import Database
 FILES_PER_TEAM = 1000
 BYTES_PER_TEAM = 20 * 1024**3
 RESULT_PAGE_LINES = 200
+SHOWN_RUNS = 20
+SETTLED_S = 10.0
+"""Longer than a transaction of the batch service takes: its statements end after eight seconds."""
 
 # `own`: whether the gateway may delete it; what a batch wrote is deleted by the batch service.
 _FILES = """
@@ -24,6 +27,17 @@ _FILES = """
         SELECT file_id, team_id, filename, purpose, bytes, storage_path, created_at, expires_at, false AS own
         FROM batch_api.files_v1
     ) AS files
+"""
+# With what the batch's own resource was charged so far, if it has one.
+_BATCHES = """
+    SELECT b.*, o.state AS own_state, o.resource_id AS own_resource_id, o.gpus AS own_gpus, o.quoted AS own_quoted,
+           m.minutes AS own_minutes, m.cost_nanousd AS own_cost_nanousd
+    FROM batch_api.batches_v1 b
+    LEFT JOIN batch_api.own_resources_v1 o USING (batch_id)
+    LEFT JOIN LATERAL (
+        SELECT coalesce(sum(minutes), 0)::bigint AS minutes, coalesce(sum(posted_nanousd), 0)::bigint AS cost_nanousd
+        FROM billing_api.minutes_v1 WHERE resource_id = o.resource_id
+    ) AS m ON true
 """
 
 
@@ -49,9 +63,10 @@ class Tables:
     # ---- files
 
     async def room(self, team_id: str) -> tuple[int, int]:
-        """Return how many files, and how many bytes, the team may still add."""
+        """Return how many files, and how many bytes, the team may still add. What batches made counts by its bytes alone."""
         row = await self._database.fetchrow(
-            f"SELECT count(*) AS files, coalesce(sum(bytes), 0)::bigint AS bytes FROM ({_FILES}) AS f WHERE team_id = $1",
+            "SELECT count(*) FILTER (WHERE purpose = 'batch') AS files, coalesce(sum(bytes), 0)::bigint AS bytes"
+            f" FROM ({_FILES}) AS f WHERE team_id = $1",
             team_id,
         )
         return (FILES_PER_TEAM - row["files"], BYTES_PER_TEAM - row["bytes"]) if row else (0, 0)
@@ -96,10 +111,11 @@ class Tables:
         return [FileRow(**dict(row)) for row in rows]
 
     async def is_in_use(self, file_id: str) -> bool:
-        """Whether a batch that is not over reads the file."""
+        """Whether a batch that is not over, or a schedule, reads the file."""
         row = await self._database.fetchrow(
             "SELECT 1 FROM batch_api.batches_v1 WHERE input_file_id = $1"
-            " AND state IN ('validating', 'in_progress', 'finalizing', 'cancelling') LIMIT 1",
+            " AND state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
+            " UNION ALL SELECT 1 FROM batch_api.schedules_v1 WHERE input_file_id = $1 LIMIT 1",
             file_id,
         )
         return row is not None
@@ -123,17 +139,75 @@ class Tables:
 
     async def batch(self, team_id: str, batch_id: str) -> asyncpg.Record | None:
         return await self._database.fetchrow(
-            "SELECT * FROM batch_api.batches_v1 WHERE team_id = $1 AND batch_id = $2", team_id, batch_id
+            f"{_BATCHES} WHERE b.team_id = $1 AND b.batch_id = $2", team_id, batch_id
         )
 
     async def batches(self, team_id: str, after: str | None, limit: int) -> list[asyncpg.Record]:
         """Return the newest first. Ids sort by time."""
         return await self._database.fetch(
-            "SELECT * FROM batch_api.batches_v1 WHERE team_id = $1 AND ($2::text IS NULL OR batch_id < $2)"
-            " ORDER BY batch_id DESC LIMIT $3",
+            f"{_BATCHES} WHERE b.team_id = $1 AND ($2::text IS NULL OR b.batch_id < $2)"
+            " ORDER BY b.batch_id DESC LIMIT $3",
             team_id,
             after,
             limit,
+        )
+
+    async def schedules(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:
+        return await self._database.fetch(
+            "SELECT * FROM batch_api.schedules_v1 WHERE team_id = $1 AND schedule_id > $2 ORDER BY schedule_id LIMIT $3",
+            team_id,
+            after,
+            limit,
+        )
+
+    async def schedule(self, team_id: str, schedule_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT * FROM batch_api.schedules_v1 WHERE team_id = $1 AND schedule_id = $2",
+            team_id,
+            schedule_id,
+        )
+
+    async def schedule_runs(self, team_id: str, schedule_id: str) -> list[asyncpg.Record]:
+        """Return the newest."""
+        return await self._database.fetch(
+            "SELECT * FROM batch_api.schedule_runs_v1 WHERE team_id = $1 AND schedule_id = $2"
+            " ORDER BY due_at DESC LIMIT $3",
+            team_id,
+            schedule_id,
+            SHOWN_RUNS,
+        )
+
+    async def events(self, team_id: str, after: int, limit: int) -> list[asyncpg.Record]:
+        """Return the oldest after that one. One that a running transaction still writes may come later than a younger one,
+        so none of the last seconds is told.
+        """
+        return await self._database.fetch(
+            "SELECT * FROM batch_api.batch_events_v1 WHERE team_id = $1 AND event_id > $2"
+            " AND at < now() - make_interval(secs => $4) ORDER BY event_id LIMIT $3",
+            team_id,
+            after,
+            limit,
+            SETTLED_S,
+        )
+
+    async def events_of(self, team_id: str, batch_id: str) -> list[asyncpg.Record]:
+        """Return a batch's few."""
+        return await self._database.fetch(
+            "SELECT * FROM batch_api.batch_events_v1 WHERE team_id = $1 AND batch_id = $2 ORDER BY event_id",
+            team_id,
+            batch_id,
+        )
+
+    async def spendable(self, team_id: str) -> int | None:
+        """In nano-USD; None is without a bound."""
+        row = await self._database.fetchrow(
+            "SELECT spendable_nanousd FROM billing_api.spendable_v1 WHERE team_id = $1", team_id
+        )
+        return None if row is None else row["spendable_nanousd"]
+
+    async def quote(self, team_id: str, quote_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT * FROM batch_api.quotes_v1 WHERE team_id = $1 AND quote_id = $2", team_id, quote_id
         )
 
     async def results(self, team_id: str, batch_id: str) -> AsyncIterator[Any]:

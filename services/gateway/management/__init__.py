@@ -13,6 +13,7 @@ from services.gateway.management.metrics import Metrics
 from services.gateway.management.models import Models
 from services.gateway.management.options import Options
 from services.gateway.management.prices import Prices
+from services.gateway.management.queue_credentials import QueueCredentials
 from services.gateway.management.quotas import Quotas
 from services.gateway.management.resource_models import ResourceModels
 from services.gateway.management.resources import Resources
@@ -47,5 +48,6 @@ def routes(deps: ManagementDeps) -> list[RouteSpec]:
         BillingUsage(deps),
         Statements(deps),
         Advice(deps),
+        QueueCredentials(deps),
     )
     return [spec for part in parts for spec in part.routes()]

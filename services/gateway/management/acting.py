@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
-from services.gateway.commands import CommandCaller
 from services.gateway.edge import spec_of
 from services.gateway.hub import Hub
 from services.gateway.keys import KeyCache
@@ -21,10 +20,12 @@ from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
 from services.gateway.model_uploads import ModelUploads
 from services.gateway.payments.provider import PaymentProvider
+from services.gateway.queue_views import QueueDoor
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import PLATFORM, principal_of
 from services.gateway.store import Row, Store
 from services.gateway.views import Views
+from shared.commands import CommandCaller
 from shared.inference.errors import ApiError, bad_request
 
 PAGE = 20
@@ -59,6 +60,7 @@ class ManagementDeps:
     uploads: ModelUploads
     hub: Hub
     public_url: str | None
+    queue: QueueDoor
     payments: PaymentProvider | None = None
     """Where teams pay; None: nowhere."""
 

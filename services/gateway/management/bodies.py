@@ -44,6 +44,10 @@ class CreateKey(Body):
     scopes: Annotated[list[Literal["inference", "manage", "platform"]], Meta(min_length=1, max_length=3)]
 
 
+class CreateQueueCredential(Body):
+    name: Slug
+
+
 class ModelSource(Body, kw_only=True):
     """Where the files come from: exactly one of these is given (`sources.py`)."""
 
@@ -248,6 +252,14 @@ class SetScaling(Body):
         Literal["wake", "refuse"],
         Meta(description="What a request does while no GPU is up for want of work."),
     ] = "wake"
+    target_wait_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="How long a request may wait when a crowd comes like those of the last minutes: less keeps more GPUs.",
+        ),
+    ] = 10
     windows: Annotated[list[ScalingWindow], Meta(max_length=16, description="The first open one holds.")] = []
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from services.gateway.commands import CommandCaller
 from services.gateway.edge import read_body
 from services.gateway.management.acting import answer
 from services.gateway.routes import Handler, principal_of
 from services.gateway.store import Store
+from shared.commands import CommandCaller
 from shared.inference.errors import ApiError, bad_request
 from shared.outcomes import Unavailable
 

@@ -179,6 +179,7 @@ class Resources:
             max_count=most,
             idle_timeout_s=body.idle_timeout_s,
             when_asleep=body.when_asleep,
+            target_wait_s=body.target_wait_s,
             windows=windows,
             if_version=int(row["scaling_version"]) if is_bound else None,
         )

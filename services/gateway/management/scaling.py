@@ -60,6 +60,7 @@ def scaling_json(row: Row) -> dict[str, Any]:
         "max": row["max_count"],
         "idle_timeout_s": row["idle_timeout_s"],
         "when_asleep": row["when_asleep"],
+        "target_wait_s": row["target_wait_s"],
         "windows": [
             {
                 "name": window.name,

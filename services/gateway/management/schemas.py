@@ -44,6 +44,15 @@ KEY = obj(**_KEY_FIELDS)
 KEY_WITH_SECRET = obj(
     **_KEY_FIELDS, secret={"type": ["string", "null"], "description": "Null in a repeated answer."}
 )
+_QUEUE_FIELDS = {
+    "credential_id": TEXT, "name": TEXT, "url": TEXT, "vhost": TEXT, "username": TEXT, "exchange": TEXT,
+    "reply_queue": TEXT, "refusals_queue": TEXT, "key_id": TEXT, "created_at": TIME, "rotated_at": OPTIONAL_TIME,
+    "ready": {"type": "boolean", "description": "Whether the broker knows it, with its current secret."},
+}  # fmt: skip
+QUEUE_CREDENTIAL = obj(**_QUEUE_FIELDS)
+QUEUE_CREDENTIAL_WITH_SECRET = obj(
+    **_QUEUE_FIELDS, secret={"type": ["string", "null"], "description": "Null in a repeated answer."}
+)
 BASE: Schema = {
     **obj(model_id=TEXT, name=TEXT, revision=COUNT),
     "type": ["object", "null"],
@@ -100,7 +109,7 @@ QUOTA = obj(places=COUNT, taken=COUNT, own=FLAG)
 SCALING_WINDOW = obj(name=TEXT, start=TEXT, duration_minutes=COUNT, time_zone=TEXT, min=COUNT, max=COUNT)
 SCALING = obj(
     autoscaling=FLAG, min=COUNT, max=COUNT, idle_timeout_s=COUNT, when_asleep={"enum": ["wake", "refuse"]},
-    windows=array(SCALING_WINDOW),
+    target_wait_s=COUNT, windows=array(SCALING_WINDOW),
     in_force=obj(min=COUNT, max=COUNT, window=OPTIONAL_TEXT, until=OPTIONAL_TIME),
     wanted_gpus={"type": ["integer", "null"], "description": "Null while the resource is off."}, why=TEXT,
 )  # fmt: skip

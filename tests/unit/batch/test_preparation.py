@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from services.batch import endings
+from services.batch.endings import Endings
 from services.batch.line_run import LineRun, voided
 from services.batch.preparation import (
     GROUP_BYTES,
@@ -17,10 +20,13 @@ from services.batch.preparation import (
     Prepared,
     Preparer,
     Refused,
+    Tokenizers,
     cut_groups,
     job_id_at,
 )
 from services.batch.records import Batch
+from services.batch.results import Results
+from services.batch.store import Store
 from shared.inference.batch_output import output_line
 from shared.inference.errors import ApiError, bad_request
 from shared.inference.prompts import ChatMessage
@@ -193,6 +199,39 @@ async def test_an_answer_comes_together_and_costs_what_was_generated(tokenizers:
     body = json.loads(run.body(None))
     assert [choice["text"] for choice in body["choices"]] == ["a", "b", "c", "d"]
     assert body["usage"]["prompt_tokens"] == 6
+
+
+class _Spelling:
+    """Tokenizers that fail."""
+
+    def __init__(self, error: ApiError) -> None:
+        self._error = error
+
+    async def spellings(self, *_: Any) -> dict[int, str]:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "limit_s"),
+    [
+        pytest.param(bad_request("invalid_value", "no"), 60.0, id="refused"),
+        pytest.param(ApiError(503, "service_unavailable", "gone"), 0.05, id="gone for good"),
+    ],
+)
+async def test_an_answer_that_cannot_be_spelled_fails_its_line_and_costs_nothing(
+    tokenizers: Counting, monkeypatch: pytest.MonkeyPatch, error: ApiError, limit_s: float
+) -> None:
+    monkeypatch.setattr(endings, "RETRY_S", 0.01)
+    monkeypatch.setattr(endings, "SPELL_LIMIT_S", limit_s)
+    (prepared,) = await prepare(tokenizers, chat(logprobs=True))
+    assert isinstance(prepared, Prepared)
+    run = LineRun(prepared)
+    results = Results(cast(Store, None))
+    found = Endings(cast(Store, None), results, cast(Tokenizers, _Spelling(error)), lambda _: None)
+    async with asyncio.timeout(10):
+        await found._spelled(run)
+    ((ended, told),) = results._waiting
+    assert (ended.state, ended.status_code, len(told)) == ("failed", error.status, len(prepared.jobs))
 
 
 async def test_a_job_that_nobody_has_the_answer_of_costs_nothing(tokenizers: Counting) -> None:

@@ -10,7 +10,7 @@ import pytest
 from services.batch.pages import PAGE_BYTES, cut_page
 from services.batch.preparation import job_id_at, line_seed
 from services.batch.records import LineRef
-from services.batch.routing import Payer, Purse, Waiting, choose_line_route, choose_paid_route
+from services.batch.routing import OwnGpus, Payer, Purse, Waiting, choose_line_route, choose_paid_route
 from services.batch.states import BATCH_TRANSITIONS, OPEN_STATES
 from shared.inference.principal import ResourceView, Route
 
@@ -20,6 +20,7 @@ OWN = ResourceView(
 )  # fmt: skip
 POOL = replace(OWN, resource_id="res_pool", team_id="team_platform", pool=True)
 OFF: dict[str, Any] = {"wanted": "off", "state": "off", "live_count": 0}
+ASLEEP: dict[str, Any] = {"state": "asleep", "live_count": 0}
 STARTING: dict[str, Any] = {"state": "starting", "live_count": 0}
 
 
@@ -36,6 +37,18 @@ STARTING: dict[str, Any] = {"state": "starting", "live_count": 0}
         ([replace(OWN, state="draining", live_count=1)], False, ("res_own", "resource")),
         ([replace(POOL, **STARTING)], False, "pool is starting"),
         ([replace(POOL, **OFF), replace(OWN, **OFF)], True, "resource is off"),
+        # asleep: lines wake it, if they may
+        ([replace(OWN, **ASLEEP, wakes=True)], False, ("res_own", "resource")),
+        ([replace(OWN, **ASLEEP, wakes=True), POOL], True, ("res_pool", "ppt")),
+        ([replace(OWN, **ASLEEP, wakes=True), POOL], False, ("res_own", "resource")),
+        ([replace(OWN, **ASLEEP)], False, "asleep"),
+        ([replace(OWN, **STARTING, wakes=True)], False, "starting"),
+        ([replace(OWN, **OFF, wakes=True)], False, "off"),
+        ([replace(POOL, **ASLEEP, wakes=True)], False, ("res_pool", "ppt")),
+        ([replace(POOL, **ASLEEP)], False, "pool is asleep"),
+        # what is there for one batch is nobody else's
+        ([replace(OWN, takes_traffic=False)], True, None),
+        ([replace(OWN, takes_traffic=False), POOL], False, ("res_pool", "ppt")),
         ([replace(OWN, team_id="team_2")], True, None),
         ([], True, None),
     ],
@@ -50,6 +63,36 @@ def test_a_line_goes_to_its_resource_or_waits_for_it(
         assert isinstance(found, Waiting)
         assert found.missing == (chosen is None)
         assert chosen is None or (isinstance(chosen, str) and chosen in found.reason)
+
+
+@pytest.mark.parametrize(
+    ("resources", "own", "waits_for"),
+    [
+        ([replace(OWN, takes_traffic=False)], OwnGpus("res_own"), None),
+        ([replace(OWN, takes_traffic=False, **STARTING)], OwnGpus("res_own"), "own resource is starting"),
+        (
+            [replace(OWN, takes_traffic=False, state="failed", live_count=0, reason="no device")],
+            OwnGpus("res_own"),
+            "no device",
+        ),
+        ([OWN, POOL], OwnGpus("res_gone"), "not there"),
+        ([OWN, POOL], OwnGpus(None), "not there"),
+    ],
+)
+def test_a_batch_with_a_resource_for_itself_runs_there_and_nowhere_else(
+    resources: list[ResourceView], own: OwnGpus, waits_for: str | None
+) -> None:
+    found = choose_paid_route(PAYER, True, "tiny", resources, Purse({"tiny"}), own)
+    if isinstance(found, Route):
+        assert waits_for is None and (found.resource.resource_id, found.billing) == ("res_own", "resource")
+    else:
+        assert waits_for is not None and waits_for in found.reason and not found.missing
+
+
+def test_a_budget_stops_a_batch_on_its_own_resource_too() -> None:
+    purse = stopped("team_1", "resource", "res_own")
+    found = choose_paid_route(PAYER, True, "tiny", [OWN], purse, OwnGpus("res_own"))
+    assert isinstance(found, Waiting) and "budget" in found.reason
 
 
 PAYER = Payer("team_1", "key_1", "mod_1")

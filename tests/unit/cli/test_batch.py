@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.cli.batch import first_url, pace_of
+from services.cli.batch import pace_of
+from services.cli.batch_file import first_url
 from services.cli.client import CliError
 
 LINE = b'{"custom_id": "a", "url": "/v1/completions"}'
