@@ -1,4 +1,4 @@
-"""The only importer of aio_pika: connect, declare, publish, consume.
+"""With `teams_broker.py` the only importer of aio_pika: connect, declare, publish, consume.
 
 Three connections per process. Under a memory or disk alarm the broker stops reading from connections that publish, so
 consuming, durable publishing and transient publishing never share one. Durable publishes are persistent, mandatory,
@@ -14,10 +14,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import aio_pika
 import aio_pika.abc
+import aiormq
 import msgspec
 import structlog
 from aio_pika.exceptions import (
@@ -29,9 +30,18 @@ from aio_pika.exceptions import (
     PublishError,
 )
 from opentelemetry.trace import SpanKind
+from pamqp.commands import Basic
 
 from shared import telemetry, topology
-from shared.messages import MAX_MESSAGE_BYTES, Message, decoder, encode, type_of
+from shared.messages import (
+    MAX_MESSAGE_BYTES,
+    Message,
+    decoder,
+    encode,
+    encode_together,
+    together_decoder,
+    type_of,
+)
 from shared.outcomes import (
     Done,
     Dropped,
@@ -54,6 +64,12 @@ BURY_RETRY_S = 1.0
 CLOSE_TIMEOUT_S = 1.0
 """Closing a channel is a courtesy; on a connection that is frozen the heartbeat ends all of them."""
 
+PERSISTENT, TRANSIENT = int(aio_pika.DeliveryMode.PERSISTENT), int(aio_pika.DeliveryMode.NOT_PERSISTENT)
+
+Properties: TypeAlias = Basic.Properties
+TOGETHER = "together.v1"
+"""The AMQP `type` of several messages."""
+
 Handler = Callable[["Delivery"], Awaitable[Outcome]]
 
 
@@ -68,32 +84,58 @@ class Delivery:
     _raw: aio_pika.abc.AbstractIncomingMessage | None
     message_type: str = ""
     """The AMQP `type` property as it came."""
+    is_settled: bool = False
 
     async def ack(self) -> None:
         """Ack; a lost connection is no error here: the broker delivers again, and effects are idempotent."""
-        if self._raw is None:
+        if self._raw is None or self.is_settled:
             return
+        self.is_settled = True
         try:
-            await self._raw.ack()
+            await ack(self._raw)
         except (ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.debug("ack_lost", queue=self.queue, error=type(error).__name__)
+
+
+async def ack(raw: aio_pika.abc.AbstractIncomingMessage) -> None:
+    """Raises what means a lost connection.
+
+    Waits for the socket, whose loss ends the wait. Acks that did not would fill what a dead connection was to write, and the
+    next one would wait for room there for ever.
+    """
+    if raw.delivery_tag is not None:
+        await raw.channel.basic_ack(raw.delivery_tag)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """exchange: empty for the default one, whose keys are queues' names."""
+
+    exchange: str
+    key: str
 
 
 class Subscription:
     """A consumer on one queue; `cancel` stops deliveries, what was delivered before stays to be settled."""
 
     def __init__(
-        self, queue: aio_pika.abc.AbstractQueue, channel: aio_pika.abc.AbstractChannel, tag: str
+        self,
+        queue: aio_pika.abc.AbstractQueue,
+        channel: aio_pika.abc.AbstractChannel,
+        tag: str,
+        forget: Callable[[Subscription], None] | None = None,
     ) -> None:
         self._queue = queue
         self._channel = channel
         self._tag = tag
+        self._forget = forget or (lambda _: None)
         self.cancelled = False
 
     async def cancel(self) -> None:
         if self.cancelled:
             return
         self.cancelled = True
+        self._forget(self)
         try:
             await self._queue.cancel(self._tag, timeout=PUBLISH_TIMEOUT_S)
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
@@ -101,7 +143,8 @@ class Subscription:
 
     async def close(self) -> None:
         """Close its channel: what it delivered and nobody settled is delivered again, to somebody else."""
-        await _close_channel(self._channel)
+        self._forget(self)
+        await close_channel(self._channel)
 
 
 class Broker:
@@ -120,8 +163,8 @@ class Broker:
         self._unconfirmed: aio_pika.abc.AbstractRobustChannel
         self._declaring: aio_pika.abc.AbstractRobustChannel
         self._away = False
-        self._events_confirmed: aio_pika.abc.AbstractExchange
-        self._events_unconfirmed: aio_pika.abc.AbstractExchange
+        self._open: set[Subscription] = set()
+        """The client library knows its channels weakly: what nobody refers to while it is cut off is never restored."""
         self._connected_since_s: float | None = time.monotonic()
 
     @classmethod
@@ -129,8 +172,8 @@ class Broker:
         """Connect, declare the static topology, and close with `stack`. Raises `Unavailable` after `timeout_s`."""
         connections = []
         for role in ("consume", "publish", "transient"):
-            connection = await _connect(url, f"{name}:{role}", timeout_s)
-            stack.push_async_callback(_close_quietly, connection)
+            connection = await connect(url, f"{name}:{role}", timeout_s)
+            stack.push_async_callback(close_quietly, connection)
             connections.append(connection)
         broker = cls(*connections)
         await broker._open_channels()
@@ -149,14 +192,12 @@ class Broker:
         await self.declare(topology.STATIC_QUEUES)
 
     async def _open_channels(self) -> None:
-        async with _in_time("cannot open channels"):
+        async with in_time("cannot open channels"):
             # Without on_return_raises a message to a missing queue is lost with a normal return value.
             self._confirmed = await self._publishing.channel(publisher_confirms=True, on_return_raises=True)
             self._unconfirmed = await self._transient.channel(publisher_confirms=False)
             self._declaring = await self._publishing.channel()
-            name = topology.EVENTS_EXCHANGE
-            self._events_confirmed = await self._confirmed.declare_exchange(name, "topic", durable=True)
-            self._events_unconfirmed = await self._unconfirmed.declare_exchange(name, "topic", durable=True)
+            await self._declaring.declare_exchange(topology.EVENTS_EXCHANGE, "topic", durable=True)
         self._consuming.reconnect_callbacks.add(self._on_reconnect)
         self._consuming.close_callbacks.add(self._on_close)
 
@@ -194,7 +235,7 @@ class Broker:
     async def _declare_on(
         self, channel: aio_pika.abc.AbstractChannel, queue: topology.Queue
     ) -> aio_pika.abc.AbstractQueue:
-        async with _in_time(f"cannot declare {queue.name}"):
+        async with in_time(f"cannot declare {queue.name}"):
             declared = await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
             for key in queue.bindings:
                 await declared.bind(topology.EVENTS_EXCHANGE, key)
@@ -208,12 +249,12 @@ class Broker:
     async def ready_messages(self, queue_names: Sequence[str]) -> dict[str, int]:
         """Return how many messages are ready in each queue; 0 for one that does not exist. Raises `Unavailable`."""
         counts = dict.fromkeys(queue_names, 0)
-        async with AsyncExitStack() as stack, _in_time("cannot count messages"):
+        async with AsyncExitStack() as stack, in_time("cannot count messages"):
             channel: aio_pika.abc.AbstractChannel | None = None
             for name in queue_names:
                 if channel is None:
                     channel = await self._publishing.channel()
-                    stack.push_async_callback(_close_channel, channel)
+                    stack.push_async_callback(close_channel, channel)
                 try:
                     queue = await channel.declare_queue(name, passive=True)
                 except ChannelNotFoundEntity:
@@ -224,15 +265,15 @@ class Broker:
 
     async def delete(self, queue: topology.Queue) -> None:
         """Delete a queue with what is in it. Idempotent. Raises `Unavailable`."""
-        async with _in_time(f"cannot delete {queue.name}"):
+        async with in_time(f"cannot delete {queue.name}"):
             await self._declaring.queue_delete(queue.name)
 
     async def consumers(self, queue_name: str) -> int:
         """Return how many consumers a queue has; 0 for a queue that does not exist. Raises `Unavailable`."""
-        async with AsyncExitStack() as stack, _in_time(f"cannot look at {queue_name}"):
+        async with AsyncExitStack() as stack, in_time(f"cannot look at {queue_name}"):
             # A channel of its own: a passive declare of a missing queue closes the channel.
             channel = await self._publishing.channel()
-            stack.push_async_callback(_close_channel, channel)
+            stack.push_async_callback(close_channel, channel)
             try:
                 queue = await channel.declare_queue(queue_name, passive=True)
             except ChannelNotFoundEntity:
@@ -242,68 +283,55 @@ class Broker:
     async def publish(
         self,
         queue: topology.Queue | str,
-        message: Message,
-        *,
+        *messages: Message,
         timeout_s: float = PUBLISH_TIMEOUT_S,
     ) -> None:
         """Publish durably and wait for the broker's confirm.
+
+        Several messages travel together, for a queue that is read without acks; after an error any of them may be in it.
 
         Raises `PublishUnknown` (no answer in time: it may be in the queue), `PublishRefused` (queue full),
         `Unroutable` (no such queue), `Unavailable` (not connected; certainly not sent).
         """
         name = queue if isinstance(queue, str) else queue.name
         with telemetry.span(f"send {name}", kind=SpanKind.PRODUCER, attributes=_messaging(name, "send")):
-            await self._publish_confirmed(self._confirmed.default_exchange, name, message, timeout_s)
+            for body in encode_together(messages):
+                await self._publish_confirmed(Address("", name), _kind(messages), body, timeout_s)
 
     async def publish_event(self, message: Message, *, timeout_s: float = PUBLISH_TIMEOUT_S) -> None:
         """Publish a fact to the events exchange under its type, durably and confirmed; raises like `publish`."""
-        key = type_of(message)
-        await self._publish_confirmed(self._events_confirmed, key, message, timeout_s)
+        address = Address(topology.EVENTS_EXCHANGE, type_of(message))
+        await self._publish_confirmed(address, type_of(message), encode(message), timeout_s)
 
-    async def _publish_confirmed(
-        self,
-        exchange: aio_pika.abc.AbstractExchange,
-        key: str,
-        message: Message,
-        timeout_s: float,
-    ) -> None:
-        body = encode(message)
+    async def _publish_confirmed(self, address: Address, kind: str, body: bytes, timeout_s: float) -> None:
         if len(body) > MAX_MESSAGE_BYTES:
             raise PublishRefused(f"message of {len(body)} bytes is over {MAX_MESSAGE_BYTES}")
-        try:
-            # The library's own time-out does not cover its wait for a connection.
-            async with asyncio.timeout(timeout_s):
-                await exchange.publish(_amqp(message, body, persistent=True), key, mandatory=True)
-        except TimeoutError as error:
-            raise PublishUnknown(f"no confirm for {key} within {timeout_s} s") from error
-        except PublishError as error:
-            raise Unroutable(key) from error
-        except DeliveryError as error:
-            raise PublishRefused(f"{key} refused the message") from error
-        except ChannelInvalidStateError as error:
-            raise Unavailable(f"not connected: {error}") from error
-        except CONNECTION_EXCEPTIONS as error:
-            # The connection went down while we waited for the confirm.
-            raise PublishUnknown(f"connection lost while publishing to {key}") from error
+        properties = _properties(kind, PERSISTENT, telemetry.inject_headers())
+        await publish_confirmed(self._confirmed, address, body, properties, timeout_s)
 
-    async def send(self, queue: topology.Queue | str, message: Message) -> None:
-        """Publish a transient message without a confirm; it is lost if no such queue exists (any more).
+    async def send(self, queue: topology.Queue | str, *messages: Message) -> None:
+        """Publish transient messages without a confirm; they are lost if no such queue exists (any more).
+
+        Several travel together, for a queue that is read without acks.
 
         Not mandatory: without confirms the client library cannot tell which message came back. Whoever must know
         that a receiver is gone asks `consumers`. Raises `Unavailable` when not connected.
         """
         name = queue if isinstance(queue, str) else queue.name
-        await self._send(self._unconfirmed.default_exchange, name, message)
+        for body in encode_together(messages):
+            await self._send(Address("", name), _kind(messages), body)
 
     async def send_event(self, message: Message) -> None:
         """Publish a transient fact (reports, heartbeats) to the events exchange, without a confirm."""
-        await self._send(self._events_unconfirmed, type_of(message), message)
+        address = Address(topology.EVENTS_EXCHANGE, type_of(message))
+        await self._send(address, type_of(message), encode(message))
 
-    async def _send(self, exchange: aio_pika.abc.AbstractExchange, key: str, message: Message) -> None:
+    async def _send(self, address: Address, kind: str, body: bytes) -> None:
         if not self.connected:
             raise Unavailable("not connected")
-        async with _in_time(f"not sent to {key}"):
-            await exchange.publish(_amqp(message, encode(message), persistent=False), key, mandatory=False)
+        async with in_time(f"not sent to {address.key}"):
+            properties = _properties(kind, TRANSIENT, None)
+            await _publish(self._unconfirmed, address, body, properties, mandatory=False)
 
     async def subscribe(
         self,
@@ -320,7 +348,10 @@ class Broker:
         With `of` None messages are the bodies as they came: for the dead-letter queue itself, which would otherwise
         feed itself for ever. Raises `Unavailable`.
         """
-        decode: Callable[[bytes], Any] = bytes if of is None else decoder(of).decode
+        decode: Callable[[bytes], Any] = bytes
+        if of is not None:
+            # What travels together could not be acked one by one.
+            decode = (together_decoder(of) if no_ack else decoder(of)).decode
 
         async def on_message(raw: aio_pika.abc.AbstractIncomingMessage) -> None:
             try:
@@ -331,16 +362,19 @@ class Broker:
                     await self._bury_and_ack(raw, queue.name, f"undecodable: {error}")
                 return
             held = None if no_ack else raw
-            receive(Delivery(message, raw.headers, queue.name, bool(raw.redelivered), held, raw.type or ""))
+            for each in message if isinstance(message, list) else (message,):
+                receive(Delivery(each, raw.headers, queue.name, bool(raw.redelivered), held, raw.type or ""))
 
-        async with AsyncExitStack() as stack, _in_time(f"cannot consume {queue.name}"):
+        async with AsyncExitStack() as stack, in_time(f"cannot consume {queue.name}"):
             channel = await self._consuming.channel(publisher_confirms=False)
-            stack.push_async_callback(_close_channel, channel)
+            stack.push_async_callback(close_channel, channel)
             await channel.set_qos(prefetch_count=prefetch)
             declared = await self._declare_on(channel, queue)
             tag = await declared.consume(on_message, no_ack=no_ack)
             stack.pop_all()  # it worked: the channel stays open
-        return Subscription(declared, channel, tag)
+        subscription = Subscription(declared, channel, tag, self._open.discard)
+        self._open.add(subscription)
+        return subscription
 
     async def consume(self, queue: topology.Queue, of: Any, handler: Handler, *, prefetch: int = 16) -> None:
         """Run `handler` for each message until cancelled, at most `prefetch` at once; settle by its outcome.
@@ -403,16 +437,14 @@ class Broker:
 
     async def _bury(self, raw: aio_pika.abc.AbstractIncomingMessage, queue: str, reason: str) -> bool:
         headers = dict(raw.headers) | {"x-dead-reason": reason[:500], "x-dead-from": queue}
-        dead = aio_pika.Message(
-            raw.body,
-            headers=headers,
-            type=raw.type,
-            content_type=raw.content_type,
-            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        properties = Properties(
+            headers=headers, message_type=raw.type, content_type=raw.content_type, delivery_mode=PERSISTENT
         )
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                await self._confirmed.default_exchange.publish(dead, topology.DEAD_QUEUE)
+                await _publish(
+                    self._confirmed, Address("", topology.DEAD_QUEUE), raw.body, properties, mandatory=True
+                )
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.error("message_not_buried", queue=queue, error=type(error).__name__)
             return False
@@ -420,7 +452,7 @@ class Broker:
         return True
 
 
-async def _connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.AbstractRobustConnection:
+async def connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.AbstractRobustConnection:
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -437,8 +469,59 @@ async def _connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.Abstra
             await asyncio.sleep(RECONNECT_INTERVAL_S)
 
 
+async def publish_confirmed(
+    channel: aio_pika.abc.AbstractChannel,
+    address: Address,
+    body: bytes,
+    properties: Properties,
+    timeout_s: float,
+) -> None:
+    """Publish on a channel with confirms that raises on return; see `Broker.publish` for what is raised."""
+    key = address.key
+    try:
+        # The library's own time-out does not cover its wait for a connection.
+        async with asyncio.timeout(timeout_s):
+            await _publish(channel, address, body, properties, mandatory=True)
+    except TimeoutError as error:
+        raise PublishUnknown(f"no confirm for {key} within {timeout_s} s") from error
+    except PublishError as error:
+        raise Unroutable(key) from error
+    except DeliveryError as error:
+        raise PublishRefused(f"{key} refused the message") from error
+    except ChannelInvalidStateError as error:
+        raise Unavailable(f"not connected: {error}") from error
+    except CONNECTION_EXCEPTIONS as error:
+        # The connection went down while we waited for the confirm.
+        raise PublishUnknown(f"connection lost while publishing to {key}") from error
+
+
+async def _publish(
+    channel: aio_pika.abc.AbstractChannel,
+    address: Address,
+    body: bytes,
+    properties: Properties,
+    *,
+    mandatory: bool,
+) -> None:
+    """As the library's exchange does it, without its message object, which takes longer to make than all else here.
+
+    Where a confirm comes the socket is not waited for; where none comes it is, so that a process that ends has said its last word.
+    """
+    if channel.is_closed:
+        raise ChannelInvalidStateError("closed")
+    underlay = cast(aiormq.Channel, await channel.get_underlay_channel())
+    await underlay.basic_publish(
+        body,
+        exchange=address.exchange,
+        routing_key=address.key,
+        properties=properties,
+        mandatory=mandatory,
+        wait=not underlay.publisher_confirms,
+    )
+
+
 @asynccontextmanager
-async def _in_time(failing: str) -> AsyncIterator[None]:
+async def in_time(failing: str) -> AsyncIterator[None]:
     """Bound the body, and turn what means that the broker is away into `Unavailable`.
 
     The library's own time-outs cover the answer only: it waits without end for a connection and for new channels.
@@ -452,7 +535,7 @@ async def _in_time(failing: str) -> AsyncIterator[None]:
         raise Unavailable(f"{failing}: {error or type(error).__name__}") from error
 
 
-async def _close_channel(channel: aio_pika.abc.AbstractChannel) -> None:
+async def close_channel(channel: aio_pika.abc.AbstractChannel) -> None:
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await channel.close()
@@ -460,22 +543,20 @@ async def _close_channel(channel: aio_pika.abc.AbstractChannel) -> None:
         log.info("channel_close_lost", error=type(error).__name__)
 
 
-async def _close_quietly(connection: aio_pika.abc.AbstractRobustConnection) -> None:
+async def close_quietly(connection: aio_pika.abc.AbstractRobustConnection) -> None:
     try:
         await asyncio.wait_for(connection.close(), 5.0)
     except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
         log.info("broker_close_failed", error=type(error).__name__)
 
 
-def _amqp(message: Message, body: bytes, *, persistent: bool) -> aio_pika.Message:
-    return aio_pika.Message(
-        body,
-        type=type_of(message),
-        content_type="application/json",
-        headers=telemetry.inject_headers() if persistent else None,
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT
-        if persistent
-        else aio_pika.DeliveryMode.NOT_PERSISTENT,
+def _kind(messages: Sequence[Message]) -> str:
+    return type_of(messages[0]) if len(messages) == 1 else TOGETHER
+
+
+def _properties(kind: str, delivery_mode: int, headers: dict[str, Any] | None) -> Properties:
+    return Properties(
+        message_type=kind, content_type="application/json", headers=headers, delivery_mode=delivery_mode
     )
 
 

@@ -28,6 +28,8 @@ DATABASE_ERRORS = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    # A query on a connection that the server has just said farewell on, and that is not closed yet.
+    asyncpg.InternalClientError,
     asyncpg.InsufficientResourcesError,
     asyncpg.OperatorInterventionError,
     asyncpg.SerializationError,
@@ -60,6 +62,7 @@ class Database:
                     max_size=size,
                     timeout=5,
                     command_timeout=10,
+                    reset=_keep,
                     server_settings={
                         "role": role,
                         "application_name": role,
@@ -135,6 +138,10 @@ class Database:
 def _forget(task: asyncio.Future[Any]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.info("abandoned_query_ended", error=type(task.exception()).__name__)
+
+
+async def _keep(_session: Connection) -> None:
+    """A session goes back as it is: nothing of ours sets, listens or locks beyond a transaction."""
 
 
 async def _close(pool: asyncpg.Pool[asyncpg.Record]) -> None:

@@ -7,6 +7,7 @@ token ids are plain integers. What a job costs never travels in a message: billi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +21,8 @@ BudgetAction = Literal["refuse_ppt", "stop_scale_up", "stop_batches", "turn_off"
 BillingMode = Literal["ppt", "resource"]
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+TOGETHER_BYTES = 256 * 1024
+"""Messages for one queue that are smaller than that together may travel in one body."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
@@ -326,6 +329,8 @@ class JobVoided(Message, frozen=True, tag="usage.job_voided.v1"):
     error_code: str | None = None
     lease_ids: list[str] = []
     reserved_nanousd: int = 0
+    had_worker: bool = True
+    """Whether a worker was granted the job: then its own fact follows, and may say that the prompt was read."""
 
 
 # ---- budgets: gateway <-> billing
@@ -443,12 +448,15 @@ class CreateOption(Command, frozen=True, tag="option.create.v1"):
 
 
 class CreateResource(Command, frozen=True, tag="resource.create.v1"):
+    """takes_traffic: whether requests of its type go to it; else only what names it, such as a batch that owns it."""
+
     team_id: str
     name: str
     model_type: str
     option_id: str
     fixed_count: int
     pool: bool = False
+    takes_traffic: bool = True
 
 
 class ScaleResource(Command, frozen=True, tag="resource.scale.v1"):
@@ -483,6 +491,7 @@ class SetScaling(Command, frozen=True, tag="resource.set_scaling.v1"):
     when_asleep: Literal["wake", "refuse"]
     windows: list[ScalingWindow] = []
     if_version: int | None = None
+    target_wait_s: int = 10
 
 
 class SetQuota(Command, frozen=True, tag="quota.set.v1"):
@@ -493,8 +502,11 @@ class SetQuota(Command, frozen=True, tag="quota.set.v1"):
 
 
 class TurnOnResource(Command, frozen=True, tag="resource.turn_on.v1"):
+    """until_unix_ms: when it is turned off again, unless another one of these says later; None: not by itself."""
+
     team_id: str
     resource_id: str
+    until_unix_ms: int | None = None
 
 
 class TurnOffResource(Command, frozen=True, tag="resource.turn_off.v1"):
@@ -574,6 +586,14 @@ class SetTeamTerms(Command, frozen=True, tag="terms.set.v1"):
 # ---- batches: gateway -> batch service
 
 
+class OwnResource(Part, frozen=True):
+    """The GPUs that a batch is to have for itself. option: None for the cheapest that is in time."""
+
+    option: str | None = None
+    max_gpus: int | None = None
+    quote_id: str | None = None
+
+
 class CreateBatch(Command, frozen=True, tag="batch.create.v1"):
     """Run the lines of a file of the team's. The gateway has checked the shape of every field."""
 
@@ -586,6 +606,56 @@ class CreateBatch(Command, frozen=True, tag="batch.create.v1"):
     completion_window_s: int
     metadata: dict[str, str] = {}
     output_expires_after_s: int | None = None
+    own_resource: OwnResource | None = None
+
+
+class BatchTemplate(Part, frozen=True):
+    """What each batch of a schedule is made of, as in `CreateBatch`."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: str
+    completion_window_s: int
+    metadata: dict[str, str] = {}
+    output_expires_after_s: int | None = None
+    own_resource: OwnResource | None = None
+
+
+class CreateSchedule(Command, frozen=True, tag="batch.create_schedule.v1"):
+    """Makes a batch at each time that `cron` says in the zone."""
+
+    team_id: str
+    key_id: str
+    name: str
+    cron: str
+    time_zone: str
+    batch: BatchTemplate
+
+
+class ChangeSchedule(Command, frozen=True, tag="batch.change_schedule.v1"):
+    team_id: str
+    schedule_id: str
+    paused: bool
+
+
+class DeleteSchedule(Command, frozen=True, tag="batch.delete_schedule.v1"):
+    team_id: str
+    schedule_id: str
+
+
+class QuoteBatch(Command, frozen=True, tag="batch.quote.v1"):
+    """Asks what the lines of a file would take and cost; answered with a quote's id, which is counted afterwards.
+
+    deadline_s: when the batch is to be over, from now. option: None for every option of the model's type.
+    """
+
+    team_id: str
+    key_id: str
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    deadline_s: int
+    option: str | None = None
+    max_gpus: int | None = None
 
 
 class CancelBatch(Command, frozen=True, tag="batch.cancel.v1"):
@@ -598,6 +668,27 @@ class DeleteBatchFile(Command, frozen=True, tag="batch.delete_file.v1"):
 
     team_id: str
     file_id: str
+
+
+class CreateQueueCredential(Command, frozen=True, tag="queue_credential.create.v1"):
+    """Let a team submit through the broker, as a user of its own. The password itself is known to the gateway alone."""
+
+    team_id: str
+    key_id: str
+    name: str
+    password_hash: str
+    """As RabbitMQ keeps it: salted SHA-256."""
+
+
+class RotateQueueCredential(Command, frozen=True, tag="queue_credential.rotate.v1"):
+    team_id: str
+    credential_id: str
+    password_hash: str
+
+
+class RevokeQueueCredential(Command, frozen=True, tag="queue_credential.revoke.v1"):
+    team_id: str
+    credential_id: str
 
 
 class CreateBudget(Command, frozen=True, tag="budget.create.v1"):
@@ -690,6 +781,13 @@ class StopWorker(Message, frozen=True, tag="node.stop_worker.v1"):
 
 class DrainWorker(Message, frozen=True, tag="worker.drain.v1"):
     """Finish what runs, give back the rest, leave."""
+
+    worker_id: str
+    incarnation: str
+
+
+class ShareJobs(Message, frozen=True, tag="worker.share_jobs.v1"):
+    """Another worker of the resource has nothing to do: give back to the queue what was not begun. May come again, or be lost."""
 
     worker_id: str
     incarnation: str
@@ -789,6 +887,11 @@ class WorkerReport(Message, frozen=True, tag="worker.report.v1"):
     left_jobs: int = 0
     stream_s: float = 0.0
     """Seconds that sequences ran, summed over sequences."""
+    batch_held_jobs: int = 0
+    """Of all of these, what is lines of batches."""
+    batch_waiting_jobs: int = 0
+    batch_sequences: int = 0
+    batch_left_jobs: int = 0
 
 
 class ModelDamaged(Message, frozen=True, tag="worker.model_damaged.v1"):
@@ -805,7 +908,7 @@ class ModelDamaged(Message, frozen=True, tag="worker.model_damaged.v1"):
 
 JobQueueMessage = GenerateJob | EmbedJob
 ReplyMessage = JobClaimed | TokensGenerated | JobFinished | WorkerBeat | CommandResult
-WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker | SetPins
+WorkerCommand = Granted | Drop | CancelJob | RepeatTokens | OwnerBeat | DrainWorker | SetPins | ShareJobs
 NodeCommand = StartWorker | StopWorker
 UsageEvent = JobUsage | JobVoided
 PaymentFact = PaymentReported
@@ -827,7 +930,17 @@ SchedulerCommand = (
     | UnpinModel
     | PreloadModel
 )
-BatchCommand = CreateBatch | CancelBatch | DeleteBatchFile
+QueueCredentialCommand = CreateQueueCredential | RotateQueueCredential | RevokeQueueCredential
+BatchCommand = (
+    CreateBatch
+    | QuoteBatch
+    | CancelBatch
+    | DeleteBatchFile
+    | CreateSchedule
+    | ChangeSchedule
+    | DeleteSchedule
+    | QueueCredentialCommand
+)
 BillingCommand = (
     SetPrice
     | SetRate
@@ -849,6 +962,19 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+def encode_together(messages: Sequence[Message]) -> list[bytes]:
+    """The bodies that carry these messages: each one of them alone, or an array of several, of a bounded size."""
+    groups: list[list[bytes]] = []
+    size = 0
+    for body in map(encode, messages):
+        if not groups or size + len(body) > TOGETHER_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(body)
+        size += len(body)
+    return [group[0] if len(group) == 1 else b"[" + b",".join(group) + b"]" for group in groups]
+
+
 def type_of(message: Message) -> str:
     """Return the type tag, e.g. `job.generate.v1`."""
     return str(message.__struct_config__.tag)
@@ -857,3 +983,8 @@ def type_of(message: Message) -> str:
 def decoder(of: Any) -> msgspec.json.Decoder[Any]:
     """Return a strict decoder for one message type or a union of them; it raises `msgspec.ValidationError`."""
     return msgspec.json.Decoder(of)
+
+
+def together_decoder(of: Any) -> msgspec.json.Decoder[Any]:
+    """The same for bodies that may be arrays of such messages."""
+    return msgspec.json.Decoder(of | list[of])

@@ -46,6 +46,8 @@ TEAM_ID = "roundhouse.team.id"
 RESOURCE_ID = "roundhouse.resource.id"
 ATTEMPT = "roundhouse.job.attempt"
 SWAP_NEEDED = "roundhouse.swap.needed"
+PAUSES = "roundhouse.job.pauses"
+PAUSED_MS = "roundhouse.job.paused_ms"
 TRANSACTION_ID = "roundhouse.ledger.transaction.id"
 
 # Metrics.
@@ -55,6 +57,8 @@ TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"
 TIME_PER_OUTPUT_TOKEN = "gen_ai.server.time_per_output_token"
 TOKENS = "roundhouse.tokens"
 QUEUE_WAIT = "roundhouse.queue.wait"
+SWAP_DURATION = "roundhouse.swap.duration"
+BUSY = "roundhouse.worker.busy"
 DEAD_LETTERS = "roundhouse.dead_letters"
 
 _TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
@@ -131,11 +135,24 @@ def tracer() -> trace.Tracer:
     return _tracer
 
 
+def _is_unrecorded(span: Span) -> bool:
+    """Whether it belongs to a trace that was begun without being recorded, here or by whoever sent it."""
+    found = span.get_span_context()
+    return found.is_valid and not found.trace_flags.sampled
+
+
 @contextmanager
 def span(
     name: str, *, kind: SpanKind = SpanKind.INTERNAL, attributes: Mapping[str, AttributeValue] | None = None
 ) -> Iterator[Span]:
-    """A span around the body; an exception marks it as an error by its type, without its text."""
+    """A span around the body; an exception marks it as an error by its type, without its text.
+
+    In a trace that is not recorded it is the current span again: another one would cost and show nothing.
+    """
+    around = trace.get_current_span()
+    if _is_unrecorded(around):
+        yield around
+        return
     with tracer().start_as_current_span(
         name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as current:
@@ -152,6 +169,8 @@ def start_span_under(
 ) -> Span:
     """Start a CONSUMER span under the trace context found in `headers`; the caller ends it."""
     parent = _propagator.extract(_text_headers(headers))
+    if _is_unrecorded(around := trace.get_current_span(parent)):
+        return around
     return tracer().start_span(name, context=parent, kind=SpanKind.CONSUMER, attributes=attributes)
 
 
@@ -163,6 +182,8 @@ def record_child(
     attributes: Mapping[str, AttributeValue] | None = None,
 ) -> None:
     """Record a stage of `parent` that is already over (queue wait, swap, prefill, decode)."""
+    if _is_unrecorded(parent):
+        return
     under = trace.set_span_in_context(parent)
     done = tracer().start_span(name, context=under, start_time=start_unix_ns, attributes=attributes)
     done.end(end_time=max(end_unix_ns, start_unix_ns))

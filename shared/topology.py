@@ -8,7 +8,8 @@ changed, so names carry a version: other arguments mean a new version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 POOL_SHARDS = 8
@@ -145,3 +146,92 @@ STATIC_QUEUES = (
     ALARMS,
 )
 """Declared by every service at start, so that their order of start does not matter."""
+
+
+# ---- the vhost of the teams: who submits batches over AMQP has a user there, and rights on these names alone
+
+TEAMS_VHOST = "roundhouse-teams"
+"""Its usual name; a broker that several installations share needs others."""
+TEAM_TAG = re.compile(r"[0-9a-f]{24}")
+TEAM_REFUSALS_TTL_MS = 24 * 3600 * 1000
+TEAM_DELIVERY_LIMIT = 1_000_000_000
+"""None, in effect: a client may die with its answers again and again. Without a limit 4.x has one of 20, and 3.10 takes -1
+for none at all: it drops what comes back once."""
+TEAM_MAX_CONNECTIONS = 8
+TEAM_MAX_CHANNELS = 32
+"""Of one user, over all its connections."""
+TEAMS_MAX_CONNECTIONS = 4000
+"""Of the whole vhost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a user may do in a vhost: patterns of names, as RabbitMQ has them."""
+
+    configure: str
+    write: str
+    read: str
+
+
+@dataclass(frozen=True, slots=True)
+class TeamNames:
+    """What one team has in the teams' vhost. `tag` is random: whoever knows a name may ask the broker how much waits
+    there (RabbitMQ lets everybody declare passively), so that names must not be guessable, nor be known as ids are."""
+
+    tag: str
+
+    def __post_init__(self) -> None:
+        if not TEAM_TAG.fullmatch(self.tag):  # it stands in patterns of rights
+            raise ValueError("a team's tag is 24 hex digits")
+
+    @property
+    def submit_exchange(self) -> str:
+        """Where the team publishes. A fanout: routing keys, also those in a message's headers, lead nowhere else."""
+        return f"submit.v2.{self.tag}"
+
+    @property
+    def submissions(self) -> Queue:
+        """What waits for the batch service, which alone reads it. Full: the broker answers publishers no."""
+        arguments: dict[str, str | int] = {
+            "x-queue-type": "quorum",
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": self.refusals.name,
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+            "x-delivery-limit": 20,
+            "x-max-length": 10_000,
+            "x-max-length-bytes": 64 * 1024 * 1024,
+        }
+        return Queue(f"submissions.v2.{self.tag}", arguments)
+
+    @property
+    def refusals(self) -> Queue:
+        """Refusals of messages that named no reply queue of the team's, and messages that expired, as they were published."""
+        arguments: dict[str, str | int] = {
+            "x-queue-type": "classic",
+            "x-message-ttl": TEAM_REFUSALS_TTL_MS,
+            "x-max-length": 1000,
+            "x-max-length-bytes": 32 * 1024 * 1024,
+            "x-overflow": "drop-head",
+        }
+        return Queue(f"refused.v2.{self.tag}", arguments)
+
+    def replies(self, name: str) -> Queue:
+        """Answers and results for one user of the team. Full: results wait in the database."""
+        arguments: dict[str, str | int] = {
+            "x-queue-type": "quorum",
+            "x-overflow": "reject-publish",
+            "x-delivery-limit": TEAM_DELIVERY_LIMIT,
+            "x-max-length": 100_000,
+            "x-max-length-bytes": 256 * 1024 * 1024,
+        }
+        return Queue(f"reply.v2.{self.tag}.{name}", arguments)
+
+    def queues(self, names: Iterable[str]) -> list[Queue]:
+        """All of the team's queues, for users of these names."""
+        return [self.submissions, self.refusals, *(self.replies(name) for name in names)]
+
+    def rights(self, name: str) -> Rights:
+        """What the user of this name may do: publish to the exchange, read its replies and the refusals; declare nothing."""
+        read = "|".join(re.escape(queue.name) for queue in (self.replies(name), self.refusals))
+        return Rights("^$", f"^{re.escape(self.submit_exchange)}$", f"^({read})$")

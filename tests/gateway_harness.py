@@ -19,7 +19,6 @@ import asyncpg
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from services.gateway import edge, keys, management, public
-from services.gateway.commands import CommandCaller
 from services.gateway.hub import Hub
 from services.gateway.model_import import ModelImporter
 from services.gateway.model_registry import ModelRegistry
@@ -29,6 +28,7 @@ from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.payments.provider import PaymentProvider
 from services.gateway.payments.webhook import PaymentWebhook
+from services.gateway.queue_views import QueueDoor, QueueViews
 from services.gateway.route_table import RouteTable
 from services.gateway.routes import RouteSpec
 from services.gateway.store import Store
@@ -40,6 +40,7 @@ from services.scheduler.quotas import set_quota
 from services.scheduler.scaling_store import SettingsChanged, set_scaling
 from shared import messages, topology
 from shared.broker import Broker, Delivery
+from shared.commands import CommandCaller
 from shared.database import Database
 from shared.ids import new_id
 from shared.messages import CommandResult
@@ -238,11 +239,12 @@ class StandIn:
             except SettingsChanged:
                 return self._no(command, "precondition_failed")
             return CommandResult(command_id=command.command_id, ok=True)
-        change = {
+        changes: dict[type[Any], str] = {
             messages.TurnOnResource: "wanted = 'on', state = 'starting'",
             messages.TurnOffResource: "wanted = 'off', state = 'off'",
             messages.DeleteResource: "deleted_at = now()",
-        }.get(type(command))
+        }
+        change = changes.get(type(command))
         if isinstance(command, messages.ScaleResource):
             change = f"fixed_count = {command.fixed_count:d}"
         await sql.execute(
@@ -322,7 +324,18 @@ async def running_gateway(
         uploads = ModelUploads(UploadTable(database), model_store, UploadLimits())
         hub = Hub(uploads, hub_url is not None, hub_url, asyncio.Semaphore(2))
         deps = management.ManagementDeps(
-            store, registry, views, routes, key_cache, commands, importer, uploads, hub, None, payments
+            store,
+            registry,
+            views,
+            routes,
+            key_cache,
+            commands,
+            importer,
+            uploads,
+            hub,
+            None,
+            QueueDoor(QueueViews(database), "amqp://queue.example.com/teams", "teams"),
+            payments,
         )
         webhook = PaymentWebhook(store, broker, webhook_secrets).routes() if webhook_secrets else []
         specs = public.with_openapi([*management.routes(deps), *public.routes(list), *webhook])

@@ -9,9 +9,8 @@ import structlog
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from services.gateway import admission, edge, keys, management, public
-from services.gateway.batches import batch_routes, file_routes
+from services.gateway.batches import batch_routes, event_routes, file_routes, quote_routes, schedule_routes
 from services.gateway.batches.tables import Tables
-from services.gateway.commands import CommandCaller
 from services.gateway.hub import FETCHES_AT_ONCE, Hub
 from services.gateway.inference import http as inference
 from services.gateway.inference.measures import InferenceMetrics
@@ -23,6 +22,7 @@ from services.gateway.outbox import Outbox
 from services.gateway.owner import Owner
 from services.gateway.payments.provider import StripeApi
 from services.gateway.payments.webhook import PaymentWebhook
+from services.gateway.queue_views import QueueDoor, QueueViews
 from services.gateway.rate_limit import RateLimiter, RateRule
 from services.gateway.route_table import RouteTable
 from services.gateway.settings import GatewaySettings
@@ -34,6 +34,7 @@ from shared import telemetry
 from shared.broker import Broker
 from shared.budgets.gate import BudgetGate
 from shared.budgets.table import BudgetTable
+from shared.commands import CommandCaller
 from shared.database import Database
 from shared.file_store import FileStore
 from shared.ids import new_id
@@ -92,7 +93,7 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
 
     api = management.ManagementDeps(
         store, registry, views, route_table, key_cache, commands, importer, uploads, hub, settings.public_url,
-        await payment_provider(settings, life),
+        QueueDoor(QueueViews(database), settings.teams_amqp_url, settings.teams_vhost), await payment_provider(settings, life),
     )  # fmt: skip
     generation = inference.InferenceDeps(
         route_table, tokenizers, gate, budgets, owner, InferenceMetrics(telemetry.meter()), limits
@@ -103,6 +104,9 @@ async def serve(settings: GatewaySettings, life: Lifetime) -> None:
         *inference.routes(generation),
         *file_routes.routes(batches),
         *batch_routes.routes(batches, store),
+        *quote_routes.routes(batches, store),
+        *event_routes.routes(batches),
+        *schedule_routes.routes(batches, store),
         *management.routes(api),
         *public.routes(life.not_ready),
     ]
@@ -142,7 +146,7 @@ def tokenizer_folders(models: Sequence[ModelView]) -> list[str]:
 
 async def payment_provider(settings: GatewaySettings, life: Lifetime) -> StripeApi | None:
     """The provider that is set up, if any."""
-    if settings.payments_api_key is None:
+    if not settings.payments_api_key:  # a variable that is set to nothing names no provider
         return None
     return await StripeApi.open(settings.payments_api_url, settings.payments_api_key, life.stack)
 

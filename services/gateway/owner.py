@@ -191,7 +191,7 @@ class Owner:
         )
         await self._act(stream, stream.owned.give_up(outcome, reason, None, time.monotonic()))
         self._streams.pop(job.job_id, None)
-        await self._void(_voided(job, reason, delivered_tokens), stream.trace_headers)
+        await self._void(_voided(stream.owned, reason, delivered_tokens), stream.trace_headers)
 
     async def fail_queued(self, resource_id: str, code: str, message: str) -> int:
         """End all jobs of a resource that no worker runs yet (it was turned off); return how many."""
@@ -313,7 +313,8 @@ def _refusal(error: Exception) -> ApiError:
     )
 
 
-def _voided(job: JobQueueMessage, reason: AbandonReason, delivered_tokens: int) -> JobVoided:
+def _voided(owned: OwnedJob, reason: AbandonReason, delivered_tokens: int) -> JobVoided:
+    job = owned.job
     return JobVoided(
         event_id=f"void_{job.job_id}",
         job_id=job.job_id,
@@ -335,4 +336,5 @@ def _voided(job: JobQueueMessage, reason: AbandonReason, delivered_tokens: int) 
         voided_unix_ms=time.time_ns() // 1_000_000,
         lease_ids=job.lease_ids,
         reserved_nanousd=job.reserved_nanousd,
+        had_worker=owned.attempt > 0,
     )

@@ -200,6 +200,9 @@ class RateLimiter:
         A hundred requests at once would otherwise be a hundred round trips, whose last takes longer than the budget:
         on a busy machine that looked like a Redis that is away. If not all fit, those that came first do.
         """
+        if self._away_until_s is not None:
+            # In line the others would wait for the one that finds out.
+            return await self._ask(team_id, team, 1)
         own: asyncio.Future[_Answer | None] = asyncio.get_running_loop().create_future()
         team.waiting.append(own)
         try:

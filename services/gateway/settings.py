@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from shared import topology
+from shared.amqp_url import in_vhost, without_user
 from shared.settings import CommonSettings, env
 
 
@@ -23,6 +25,10 @@ class GatewaySettings(CommonSettings):
     """What clients type; without it, URLs in answers repeat the Host that the client used."""
     allowed_hosts: str = env("ALLOWED_HOSTS", "")
     """Comma-separated host names that requests may be for; empty accepts any."""
+
+    teams_vhost: str = env("TEAMS_VHOST", topology.TEAMS_VHOST)
+    teams_amqp_address: str | None = env("TEAMS_AMQP_ADDRESS", None)
+    """Where teams reach the broker, such as `amqps://queue.example.com:5671`; without it AMQP_URL's host and port."""
 
     payments_api_url: str = env("PAYMENTS_API_URL", "https://api.stripe.com")
     payments_api_key: str | None = env("PAYMENTS_API_KEY", None, secret=True)
@@ -47,6 +53,11 @@ class GatewaySettings(CommonSettings):
     team_burst: int = env("TEAM_BURST", 400, low=1, high=1_000_000)
     team_in_flight: int = env("TEAM_IN_FLIGHT", 512, low=1, high=1_000_000)
     gateway_in_flight: int = env("GATEWAY_IN_FLIGHT", 2048, low=1, high=1_000_000)
+
+    @property
+    def teams_amqp_url(self) -> str:
+        """The teams' vhost as they reach it, without a user."""
+        return in_vhost(without_user(self.teams_amqp_address or self.amqp_url), self.teams_vhost)
 
     @property
     def webhook_secrets(self) -> tuple[str, ...]:

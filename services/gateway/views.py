@@ -57,14 +57,15 @@ class Views:
     # ---- scheduler
 
     async def route_resources(self) -> list[ResourceView]:
-        """Return all resources of all teams, as routing sees them."""
+        """Return the resources of all teams that take the requests of their type, as routing sees them."""
         rows = await self._database.fetch(
             "SELECT resource_id, team_id, model_type, pool, wanted, state, live_count, max_context_tokens, reason,"
             " extract(epoch FROM expected_live_at)::float8 AS expected_live_unix_s,"
             " extract(epoch FROM created_at)::float8 AS created_unix_s,"
             " when_asleep = 'wake' AND min_now = 0 AND max_now > 0 AS wakes"
             " FROM scheduler_api.resources_v1 JOIN scheduler_api.scaling_v1 USING (resource_id)"
-            " WHERE deleted_at IS NULL"
+            " JOIN scheduler_api.holds_v1 USING (resource_id)"
+            " WHERE deleted_at IS NULL AND takes_traffic"
         )
         return [ResourceView(**dict(row)) for row in rows]
 
@@ -199,13 +200,14 @@ class Views:
             limit,
         )
 
-    async def latest_price(self, model_type: str, work_class: str) -> asyncpg.Record | None:
-        """Return the version with the latest start, which may lie ahead."""
+    async def price_at(self, model_type: str, work_class: str, at: datetime) -> asyncpg.Record | None:
+        """Return the version that holds then (`holds`); if none does, one that lies ahead; None if there is none."""
         return await self._database.fetchrow(
-            "SELECT * FROM billing_api.prices_v1 WHERE model_type = $1 AND work_class = $2"
-            " ORDER BY starts_at DESC LIMIT 1",
+            "SELECT *, starts_at <= $3 AS holds FROM billing_api.prices_v1 WHERE model_type = $1 AND work_class = $2"
+            " ORDER BY holds DESC, starts_at DESC LIMIT 1",
             model_type,
             work_class,
+            at,
         )
 
     async def rates(self, option_id: str | None, after: str, limit: int) -> list[asyncpg.Record]:
@@ -217,11 +219,13 @@ class Views:
             limit,
         )
 
-    async def latest_rate(self, option_id: str) -> asyncpg.Record | None:
-        """Return the version with the latest start, which may lie ahead."""
+    async def rate_at(self, option_id: str, at: datetime) -> asyncpg.Record | None:
+        """Return the version that holds then; None before the option has one."""
         return await self._database.fetchrow(
-            "SELECT * FROM billing_api.rates_v1 WHERE option_id = $1 ORDER BY starts_at DESC LIMIT 1",
+            "SELECT * FROM billing_api.rates_v1 WHERE option_id = $1 AND starts_at <= $2"
+            " ORDER BY starts_at DESC LIMIT 1",
             option_id,
+            at,
         )
 
     async def deposits(self, team_id: str, after: str, limit: int) -> list[asyncpg.Record]:

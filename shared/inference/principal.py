@@ -77,6 +77,8 @@ class ResourceView:
     """Why it is in this state, for people; filled for failures."""
     wakes: bool = False
     """It may have no GPU for want of work, and is to be woken by a request, which waits meanwhile."""
+    takes_traffic: bool = True
+    """Whether it runs all requests of its type; else only what names it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,15 @@ def test_a_service_imports_neither_infra_nor_tests(service: str) -> None:
     assert _offences(_sources(f"services/{service}"), "infra", "tests", "loadtest") == []
 
 
+def test_redis_is_known_to_rate_limits_alone() -> None:
+    """What a budget has left, and everything else about money, is the database's: losing Redis changes none of it."""
+    limits = ROOT / "services/gateway/rate_limit.py"
+    others = [path for path in _sources("services", "shared") if path != limits]
+    assert _offences([limits], "redis") != []
+    assert _offences(others, "redis") == []
+    assert _offences([limits], "shared.budgets", "shared.database") == []
+
+
 def test_shared_imports_nothing_of_the_services() -> None:
     assert _offences(_sources("shared"), "services", "infra", "tests", "loadtest") == []
 
@@ -166,8 +175,14 @@ def test_only_the_worker_imports_torch_or_transformers(service: str) -> None:
     assert _offences(_sources(f"services/{service}", "shared"), "torch", "transformers") == []
 
 
-def test_only_the_broker_module_speaks_amqp() -> None:
-    paths = [path for path in _sources("services", "shared") if _shown(path) != "shared/broker.py"]
+def test_only_the_broker_modules_speak_amqp() -> None:
+    doors = (
+        "shared/broker.py",
+        "shared/teams_broker.py",
+        "shared/queue_client.py",
+        "shared/amqp_decoding.py",
+    )
+    paths = [path for path in _sources("services", "shared") if _shown(path) not in doors]
     assert _offences(paths, "aio_pika", "aiormq", "pamqp", "pika") == []
 
 

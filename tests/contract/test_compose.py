@@ -348,10 +348,12 @@ def test_containers_stop_in_the_order_in_which_they_need_each_other(
     assert {"agent", "agent-gpu", "billing"} <= needs("batch") and "batch" in needs("gateway")
 
 
-def test_only_the_gateway_and_grafana_are_published_and_only_on_loopback(compose: dict[str, Any]) -> None:
+def test_only_what_people_and_teams_speak_to_is_published_and_only_on_loopback(
+    compose: dict[str, Any],
+) -> None:
     containers = compose["services"]
     published = {name: container["ports"] for name, container in containers.items() if "ports" in container}
-    assert set(published) == {"gateway", "grafana"}
+    assert set(published) == {"gateway", "grafana", "rabbitmq"}
     targets = {}
     for name, (port,) in published.items():
         address, _, target = port.split(":")
@@ -360,9 +362,12 @@ def test_only_the_gateway_and_grafana_are_published_and_only_on_loopback(compose
         assert "edge" in containers[name]["networks"]  # nothing is published from an internal network
     assert targets["gateway"] == environment_of(containers["gateway"])["HTTP_PORT"]
     assert targets["grafana"] == "3000"
+    assert targets["rabbitmq"] == "5672"  # AMQP alone: the management API stays inside
+    shown = urllib.parse.urlsplit(environment_of(containers["gateway"])["TEAMS_AMQP_ADDRESS"])
+    assert published["rabbitmq"] == [f"{shown.hostname}:{shown.port}:5672"]
     assert compose["networks"]["internal"]["internal"] is True
     outside = {name for name, container in containers.items() if container["networks"] != ["internal"]}
-    assert outside == {"gateway", "grafana", "demo"}
+    assert outside == {"gateway", "grafana", "demo", "rabbitmq"}
 
 
 def test_services_listen_where_other_containers_reach_them(containers: dict[str, dict[str, Any]]) -> None:

@@ -55,6 +55,8 @@ DELETES = {
     "batch.outbox",
     "batch.command_results",
     "batch.lines",
+    "batch.quotes",
+    "batch.submissions",
     "gateway.model_uploads",
     "gateway.upload_files",
     "billing.budget_leases",
@@ -77,6 +79,7 @@ KEPT_BY_TRIGGERS = {"billing.balances"}
 FOR_SOME = {
     "batch_api.files_v1": {"gateway"},
     "batch_api.results_v1": {"gateway"},
+    "batch_api.queue_credentials_v1": {"gateway"},
     "gateway_api.files_v1": {"batch"},
     "gateway_api.model_revisions_v1": {"batch"},
 }
@@ -88,6 +91,22 @@ FOR_BATCH = {
     "billing_api.capped_batches_v1",
     "billing_api.budgets_v1",
     "batch_api.batches_v1",
+    "batch_api.quotes_v1",
+    "batch_api.own_resources_v1",
+    "batch_api.schedules_v1",
+    "batch_api.batch_events_v1",
+    "batch_api.schedule_runs_v1",
+    "scheduler_api.holds_v1",
+    "scheduler_api.scaling_v1",
+    "billing_api.capped_resources_v1",
+    "scheduler_api.options_v1",
+    "scheduler_api.devices_v1",
+    "scheduler_api.quotas_v1",
+    "scheduler_api.start_times_v1",
+    "billing_api.rates_v1",
+    "billing_api.requests_v1",
+    "billing_api.hour_counts_v1",
+    "billing_api.hour_busy_v1",
 }
 """All that the batch service reads of the views that everybody else has."""
 FOR_AUDIT_ALONE = {
@@ -196,6 +215,8 @@ async def test_a_role_makes_no_tables_and_has_no_power_over_others(connection: C
         ("scheduler", "UPDATE gateway.teams SET suspended = false"),
         ("gateway", "UPDATE batch.batches SET state = 'completed'"),
         ("gateway", "SELECT * FROM batch.lines"),
+        ("gateway", "SELECT password_hash FROM batch.queue_credentials"),
+        ("batch", "DELETE FROM batch.queue_credentials"),
         ("batch", "UPDATE gateway.files SET bytes = 0"),
         ("batch", "SELECT secret_sha256 FROM gateway.api_keys"),
         ("audit", "SELECT * FROM batch_api.results_v1"),

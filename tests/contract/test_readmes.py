@@ -13,6 +13,7 @@ PAGES = (
     "README.md",
     "loadtest/README.md",
     "services/worker/engine/README.md",
+    "services/batch/README.md",
     "services/billing/README.md",
     "services/worker/README.md",
     "infra/docker/README.md",

@@ -154,6 +154,7 @@ def test_alerts_say_what_happened_and_what_to_do() -> None:
         "WorkerLost",
         "PriceMissing",
         "OutboxLost",
+        "RequestsCut",
     }
     assert needed <= set(names)
     for rule in alerts():

@@ -14,6 +14,7 @@ import pytest
 from shared import messages, topology
 from shared.broker import Broker
 from shared.outcomes import Unavailable
+from shared.teams_broker import TeamsBroker
 from shared.topology import Queue
 from tests.conftest import Vhost
 from tests.contract.test_messages import TYPES
@@ -213,7 +214,7 @@ def test_the_table_of_readers_is_complete() -> None:
     assert static | makers == set(READERS)
 
 
-_QUEUE_NAME = r"(jobs|replies|commands|events|dead)\.v\d"
+_QUEUE_NAME = r"(jobs|replies|commands|events|dead|submit|submissions|reply|refused)\.v\d"
 
 
 def test_only_the_topology_spells_a_queue() -> None:
@@ -263,3 +264,60 @@ async def test_other_arguments_under_a_name_are_refused(vhost: Vhost) -> None:
         with pytest.raises(Exception, match="inequivalent arg 'x-max-length'") as refused:
             await broker.declare([replace(topology.DEAD, arguments=longer)])
         assert not isinstance(refused.value, Unavailable), "waiting would not mend it: the start has to fail"
+
+
+# ---- the teams' vhost
+
+TEAM = topology.TeamNames("0123456789abcdef01234567")
+TEAM_QUEUES = {queue.name: queue for queue in TEAM.queues(["nightly", "by-day"])}
+
+
+@pytest.mark.parametrize("queue", TEAM_QUEUES.values(), ids=lambda q: q.name)
+def test_a_team_s_queue_is_bounded_and_loses_nothing_that_was_accepted(queue: Queue) -> None:
+    assert set(queue.arguments) <= KNOWN_ARGUMENTS
+    assert int(queue.arguments["x-max-length"]) > 0
+    if queue == TEAM.refusals:
+        assert int(queue.arguments["x-message-ttl"]) > 0 and queue.arguments["x-overflow"] == "drop-head"
+        return
+    assert queue.arguments["x-queue-type"] == "quorum" and queue.arguments["x-overflow"] == "reject-publish"
+    assert int(queue.arguments["x-max-length-bytes"]) > 0
+    if queue == TEAM.submissions:
+        assert queue.arguments["x-dead-letter-routing-key"] == TEAM.refusals.name
+        assert int(queue.arguments["x-delivery-limit"]) >= 1
+    else:  # a client that dies again and again is no reason to drop a result
+        assert int(queue.arguments["x-delivery-limit"]) > 1_000_000
+
+
+def test_rights_match_the_user_s_own_names_and_nothing_like_them() -> None:
+    rights = TEAM.rights("nightly")
+    other = topology.TeamNames("f" * 24)
+    own = {TEAM.submit_exchange}, {TEAM.replies("nightly").name, TEAM.refusals.name}
+    names = [
+        *TEAM_QUEUES,
+        *(q.name for q in other.queues(["nightly"])),
+        other.submit_exchange,
+        TEAM.submit_exchange,
+    ]
+    names += [name + tail for name in (*own[0], *own[1]) for tail in ("", "x", ".x", "\n")]
+    names += [name.replace(".", "x") for name in (*own[0], *own[1])] + [
+        "amq.default",
+        "amq.topic",
+        "dead.v1",
+        "",
+    ]
+    assert {name for name in names if re.search(rights.write, name) and not name.endswith("\n")} == own[0]
+    assert {name for name in names if re.search(rights.read, name) and not name.endswith("\n")} == own[1]
+    assert not any(re.search(rights.configure, name) for name in names if name)
+
+
+@pytest.mark.parametrize("tag", ["", ".*", "0123456789ABCDEF01234567", "0" * 23, "0" * 25, "0" * 24 + "\n"])
+def test_a_tag_is_nothing_but_hex_digits(tag: str) -> None:
+    with pytest.raises(ValueError, match="24 hex"):
+        topology.TeamNames(tag)
+
+
+async def test_a_team_s_queues_are_accepted_by_the_broker_and_may_be_declared_again(vhost: Vhost) -> None:
+    async with AsyncExitStack() as stack:
+        broker = await TeamsBroker.open(vhost.amqp_url, "test", stack)
+        await broker.declare(TEAM, ["nightly", "by-day"])
+        await broker.declare(TEAM, ["nightly"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -333,6 +335,48 @@ async def test_no_more_handlers_run_at_once_than_were_asked_for(broker: Broker, 
     assert most == 3
 
 
+async def test_acks_end_though_the_connection_breaks_in_their_midst(
+    broker: Broker, far_broker: Broker, proxy: TcpProxy
+) -> None:
+    count = 300
+    arrived: list[Delivery] = []
+    await far_broker.subscribe(QUEUE, WorkerCommand, arrived.append, prefetch=count)
+    await asyncio.gather(*(broker.publish(QUEUE, cancel(number)) for number in range(count)))
+    await until(lambda: len(arrived) == count)
+    proxy.links[0].reset()
+    async with asyncio.timeout(10):
+        for delivery in arrived[:count]:
+            await delivery.ack()
+    await until(lambda: far_broker.connected)
+
+
+async def test_messages_that_travel_together_arrive_one_by_one_and_in_order(
+    broker: Broker, vhost: Vhost
+) -> None:
+    queue = topology.reply_queue("gw_1")
+    arrived: list[Delivery] = []
+    await broker.subscribe(queue, WorkerCommand, arrived.append, prefetch=0, no_ack=True)
+    await broker.send(queue, *map(cancel, range(3)))
+    await until(lambda: len(arrived) == 3)
+    await broker.publish(queue, *map(cancel, range(3, 7)))
+    await until(lambda: len(arrived) == 7)
+    assert [each.message for each in arrived] == [cancel(number) for number in range(7)]
+    with pytest.raises(Unroutable):
+        await broker.publish(topology.reply_queue("gw_gone").name, *map(cancel, range(2)))
+
+
+async def test_messages_that_travel_together_are_refused_where_each_is_acked(
+    broker: Broker, vhost: Vhost
+) -> None:
+    arrived: list[Delivery] = []
+    await broker.subscribe(QUEUE, WorkerCommand, arrived.append, prefetch=1)
+    await broker.publish(QUEUE, cancel(1), cancel(2))
+    await broker.publish(QUEUE, cancel(3))
+    await until(lambda: len(arrived) == 1)
+    assert arrived[0].message == cancel(3)
+    assert await broker.depth(topology.DEAD) == 1
+
+
 async def test_a_consumer_without_acks_only_looks(broker: Broker, vhost: Vhost) -> None:
     queue = topology.reply_queue("gw_1")
     arrived: list[Delivery] = []
@@ -492,6 +536,25 @@ async def test_a_broker_that_went_away_is_noticed_at_once_and_found_again(
         await far_broker.publish(QUEUE, cancel(4))
         await far_broker.send(QUEUE, cancel(5))
         await until(lambda: len(handler.taken) == 3)
+
+
+async def test_a_subscription_that_nobody_holds_on_to_is_back_with_the_broker(
+    far_broker: Broker, broker: Broker, proxy: TcpProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client library knows its channels weakly: one that nothing else refers to is not there to be restored."""
+    for logger in ("aiormq", "aio_pika"):
+        caplog.set_level(logging.CRITICAL, logger)  # a captured traceback would refer to it
+    taken: list[Any] = []
+    await far_broker.subscribe(QUEUE, WorkerCommand, taken.append, prefetch=0, no_ack=True)
+    proxy.refuse()
+    await until(lambda: not far_broker.connected)
+    for _ in range(20):
+        gc.collect()
+        await asyncio.sleep(0.02)
+    await proxy.pass_on()
+    await until(lambda: far_broker.connected_for_s() > 0)
+    await broker.publish(QUEUE, cancel(1))
+    await until(lambda: taken)
 
 
 async def test_a_reset_does_not_cut_off_the_work_at_hand(far_broker: Broker, proxy: TcpProxy) -> None:

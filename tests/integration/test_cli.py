@@ -91,6 +91,20 @@ async def test_from_a_model_s_folder_to_a_resource_that_is_scaled_and_turned_off
     assert (await roundhouse(gateway.base, key, "resources", "scale", "main", "3", "--json")).json[
         "gpus"
     ] == 3
+    bounds = ("--min", "1", "--max", "4")
+    between = (await roundhouse(gateway.base, key, "resources", "autoscale", "main", *bounds, "--json")).json
+    assert (between["scaling"]["autoscaling"], between["scaling"]["max"]) == (True, 4)
+    assert "1 to 4; " in (await roundhouse(gateway.base, key, "resources", "get", "main")).out
+    assert " 1 to 4 " in (await roundhouse(gateway.base, key, "resources", "list")).out
+    for action, words in (("turned_on", "turned on by x"), ("scaled", "between 1 and 4 by x")):
+        await gateway.sql.execute(
+            "INSERT INTO scheduler.decisions (resource_id, action, words, inputs) VALUES ($1, $2, $3, '{}')",
+            resource["resource_id"],
+            action,
+            words,
+        )
+    decided = (await roundhouse(gateway.base, key, "resources", "decisions", "main", "--count", "1")).out
+    assert "scaled" in decided and "between 1 and 4 by x" in decided and "turned on" not in decided
     off = (await roundhouse(gateway.base, key, "resources", "off", "main", "--json")).json
     assert (off["wanted"], off["state"], off["gpus"]) == ("off", "off", 3)
 

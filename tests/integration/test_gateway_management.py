@@ -147,7 +147,18 @@ async def test_another_teams_things_are_as_unknown_ones(gateway: Gateway) -> Non
         "upload_id": (await gateway.call("POST", "/api/models/uploads", key=mine)).json["upload_id"],
         "request_id": "req_" + "0" * 32,
         "budget_id": "bud_" + "0" * 32,
+        "credential_id": "qcr_" + "0" * 32,
     }
+    await gateway.sql.execute(
+        "INSERT INTO batch.queue_teams (team_id, tag) SELECT team_id, $1 FROM gateway.teams WHERE slug = 'acme'",
+        "0" * 24,
+    )
+    await gateway.sql.execute(
+        "INSERT INTO batch.queue_credentials (credential_id, team_id, key_id, name, password_hash)"
+        " SELECT $1, team_id, 'key_1', 'one', $2 FROM batch.queue_teams",
+        ids["credential_id"],
+        "A" * 48,
+    )
     await gateway.sql.execute(
         "INSERT INTO billing.budgets (budget_id, team_id, scope, scope_id, period, limit_nanousd, alert_percents, actions)"
         " SELECT $1, team_id, 'team', team_id, 'day', 1, '{}', '{refuse_ppt}' FROM gateway.teams WHERE slug = 'acme'",
@@ -509,7 +520,7 @@ async def test_the_console_runs_no_foreign_script(gateway: Gateway) -> None:
 async def test_a_scheduler_that_is_away_is_a_503_and_not_a_hang(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.commands.DEADLINE_S", 0.5)
+    monkeypatch.setattr("shared.commands.DEADLINE_S", 0.5)
     monkeypatch.setattr(gateway.broker, "publish", _publish_nowhere)
     model = await register(gateway, "tiny", key=ADMIN_KEY)
     body = {

@@ -19,6 +19,8 @@ from tests.conftest import Servers
 SCRIPTS = (
     "path",
     "batch",
+    "batch_gaps",
+    "batch_quote",
     "billing_catchup",
     "budget_check",
     "chaos",
@@ -27,6 +29,7 @@ SCRIPTS = (
     "engine",
     "hotswap",
     "hotswap_soak",
+    "scaling_real",
 )
 
 
@@ -124,6 +127,19 @@ def test_hotswap_is_measured_on_all_its_sides(servers: Servers, tmp_path: Path) 
         assert rows[name]["ours"] > 0 and rows[name]["ratio"] > 0, rows[name]
     for side in ("a worker", "our engine, FIFO", "from_pretrained, FIFO"):
         assert rows[f"{side}: in time of 4 arrivals/s"]["ours"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_scaling_simulator_is_held_against_a_real_run(servers: Servers, tmp_path: Path) -> None:
+    arguments = ("--seconds", "45", "--json", str(tmp_path / "rows.json"))
+    done = run_script("loadtest.scaling_real", *arguments, servers=servers)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    (mean,) = (row for name, row in rows.items() if name.startswith("mean wait of "))
+    assert mean["ours"] > 0 and mean["theirs"] > 0 and mean["floor"] == 0.8, done.stderr
+    assert rows["a start in the real run"]["ours"] >= 12
+    assert rows["a token in the real run"]["ours"] >= 40
+    assert rows["starts in the real run"]["ours"] >= 1, "a crowd started nobody"
 
 
 @pytest.mark.timeout(60)

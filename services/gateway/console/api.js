@@ -31,6 +31,11 @@ export async function get(path) {
   return (await send("GET", path)).json();
 }
 
+// A file as the browser's own object: a link could not carry the key.
+export async function file(path) {
+  return (await send("GET", path)).blob();
+}
+
 // All pages of a list, up to a bound that no page of ours needs.
 export async function list(path) {
   const found = [];

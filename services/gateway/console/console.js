@@ -1,9 +1,10 @@
 // The console: what the team has, on and off, and a playground. All text goes in by textContent, never as markup.
 
-import { Refused, chat, forgetKey, get, getKey, list, post, put, remove, setKey } from "./api.js";
+import { Refused, chat, file, forgetKey, get, getKey, list, post, put, remove, setKey } from "./api.js";
 
 const REFRESH_MS = 3000;
 const USAGE_EVERY = 5; // refreshes
+const ALERTS_SHOWN = 5;
 const byId = (id) => document.getElementById(id);
 const count = (value) => value.toLocaleString("en-US");
 let session = null; // a new object for every sign-in: what answers to an old one is dropped
@@ -67,6 +68,7 @@ async function attempt(act) {
   const mine = session;
   try {
     await act();
+    mine.refreshes = 0; // what costs more to read is read again as well
     await refresh(mine);
     show("notice", null);
     return true;
@@ -145,6 +147,25 @@ function usageRow(row) {
   return make("tr", {}, ...cells.map((text) => make("td", { text })));
 }
 
+function budgetRow(budget) {
+  const cells = [budget.scope === "team" ? "team" : `${budget.scope} ${budget.scope_id}`, `${budget.period} from ${budget.period_start}`,
+    budget.limit_usd, budget.spent_usd, budget.reserved_usd, budget.actions.join(", ") || "tells"];
+  return make("tr", {}, ...cells.map((text) => make("td", { text })),
+    make("td", {}, button("Remove", () => remove(`/api/budgets/${budget.budget_id}`))));
+}
+
+function alertRow(alert) {
+  const text = `${alert.created_at}: ${alert.percent}% of ${alert.limit_usd} USD was spent (${alert.scope}, ${alert.period} from ${alert.period_start})`;
+  return make("li", { text });
+}
+
+async function saveStatement() {
+  const month = new Date().toISOString().slice(0, 7);
+  const address = URL.createObjectURL(await file(`/api/billing/statements/${month}?format=csv`));
+  make("a", { href: address, download: `statement-${month}.csv` }).click();
+  URL.revokeObjectURL(address);
+}
+
 // ---- what is there now
 
 async function refresh(mine) {
@@ -154,6 +175,9 @@ async function refresh(mine) {
   const withUsage = mine.refreshes++ % USAGE_EVERY === 0;
   const usage = withUsage ? await get("/api/usage?group_by=model") : null;
   const team = withUsage ? await get("/api/team") : null;
+  const account = withUsage ? await get("/api/billing/account") : null;
+  const budgets = withUsage ? await list("/api/budgets") : null;
+  const alerts = withUsage ? (await get(`/api/alerts?limit=${ALERTS_SHOWN}`)).data : null;
   if (mine !== session) return;
   fill("resources", resources, resourceCard, nothing("No resources yet."));
   fill("models", models, modelCard, nothing("No models yet."));
@@ -165,6 +189,9 @@ async function refresh(mine) {
     const noRows = () => make("tr", {}, make("td", { text: "Nothing yet.", colspan: "7" }));
     fill("usage", usage.data, usageRow, noRows);
     byId("balance").textContent = `Balance: ${usage.balance_usd} USD`;
+    byId("spendable").textContent = account.spendable_usd === null ? "" : `May still spend ${account.spendable_usd} USD`;
+    fill("budgets", budgets, budgetRow, () => make("tr", {}, make("td", { text: "No budgets yet.", colspan: "7" })));
+    fill("alerts", alerts, alertRow, () => "");
     byId("team").textContent = team.name;
   }
 }
@@ -216,8 +243,8 @@ function signOut() {
   running?.abort();
   forgetKey();
   shown.clear();
-  for (const id of ["resources", "models", "usage", "model", "resource-option"]) byId(id).replaceChildren();
-  for (const id of ["answer", "balance", "team", "measured"]) byId(id).textContent = "";
+  for (const id of ["resources", "models", "usage", "model", "resource-option", "budgets", "alerts"]) byId(id).replaceChildren();
+  for (const id of ["answer", "balance", "spendable", "team", "measured"]) byId(id).textContent = "";
   for (const id of ["answer", "refused", "notice", "signed-in"]) byId(id).hidden = true;
   document.querySelector("main").hidden = true;
   byId("sign-in").hidden = false;
@@ -284,6 +311,19 @@ byId("add-resource").addEventListener("submit", async (event) => {
   if (await attempt(() => post("/api/resources", body))) {
     byId("add-resource").reset();
     byId("add").open = false;
+  }
+});
+byId("statement").addEventListener("click", () => attempt(saveStatement));
+byId("add-budget").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const action = byId("budget-action").value;
+  const body = {
+    scope: "team", period: byId("budget-period").value, limit_usd: byId("budget-limit").value, alert_percents: [80, 100],
+    actions: action === "" ? [] : [action],
+  };
+  if (await attempt(() => post("/api/budgets", body))) {
+    byId("add-budget").reset();
+    byId("new-budget").open = false;
   }
 });
 if (getKey()) signIn();

@@ -49,15 +49,10 @@ class Measure:
             telemetry.GEN_AI_OPERATION: operation,
             telemetry.GEN_AI_PROVIDER: "roundhouse",
             telemetry.GEN_AI_REQUEST_MODEL: model.full_name,
+            telemetry.RESOURCE_ID: route.resource.resource_id,
         }
         self._span = trace.get_current_span()
-        self._span.set_attributes(
-            {
-                **self._attributes,
-                telemetry.TEAM_ID: principal.team_id,
-                telemetry.RESOURCE_ID: route.resource.resource_id,
-            }
-        )
+        self._span.set_attributes({**self._attributes, telemetry.TEAM_ID: principal.team_id})
 
     def planned(self, max_tokens: int | None, prompt_tokens: int, job_ids: Sequence[str]) -> None:
         """max_tokens: None where there is no answer to limit."""
