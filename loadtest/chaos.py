@@ -130,10 +130,19 @@ def payer_on_shared_gpus(platform: ManagementApi) -> Iterator[Payer]:
 class Chaos:
     """One system under test and its clients."""
 
-    def __init__(self, layout: Layout, base_url: str, api_key: str, model: str, team: str = TEAM) -> None:
-        """team: the slug of the key's team, by which the audit knows whose the requests are."""
+    def __init__(
+        self,
+        layout: Layout,
+        base_url: str,
+        api_key: str,
+        model: str,
+        team: str = TEAM,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        """team: the slug of the key's team, by which the audit knows whose the requests are. max_tokens: of each answer."""
         self.layout = layout
         self.model = model
+        self._max_tokens = max_tokens
         self.client = RecordingClient(base_url, api_key, team)
         self._expected: dict[str, list[str]] = {}
         """The tokens of each prompt's whole answer."""
@@ -141,7 +150,7 @@ class Chaos:
     async def learn(self, session: aiohttp.ClientSession) -> None:
         """The whole greedy answers, from a run without faults."""
         for prompt in PROMPTS:
-            self._expected[prompt] = await self.client.spell(session, self.model, prompt, MAX_TOKENS)
+            self._expected[prompt] = await self.client.spell(session, self.model, prompt, self._max_tokens)
 
     async def kill_under_load(self, victim: str, kill_after_s: float) -> Round:
         """Begin the requests, kill the victim, and wait for everything to end and to work again."""
@@ -183,7 +192,7 @@ class Chaos:
     ) -> tuple[ClientRecord, bool]:
         tokens = self._expected[prompt]
         record, text = await self.client.complete(
-            session, self.model, prompt, MAX_TOKENS, stream=stream, tokens=tokens
+            session, self.model, prompt, self._max_tokens, stream=stream, tokens=tokens
         )
         whole = "".join(tokens)
         return record, text == whole if record.outcome == "answered" else whole.startswith(text)

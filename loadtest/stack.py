@@ -6,6 +6,7 @@ exactly the processes that it names.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -24,12 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import msgspec
 
 from infra.local.demo_model import BASE_NAME, ensure_demo_models
 from infra.local.layout import ROOT, main_layout
 from infra.local.scratch import execute, scratch_database, scratch_vhost
 from infra.local.testservers import running_servers
+from loadtest.process_tree import parent_of, process_tree
 from shared.ids import new_id
 from shared.messages import WorkerSpec
 
@@ -100,6 +103,33 @@ class Stack:
         self._start(name, f"services.{name}", {"OPS_PORT": str(port)})
         wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes[name])
 
+    def start_fleet(self, devices: int, worker_module: str, environment: dict[str, str]) -> None:
+        """Start scheduler and node agent: from now on workers come and go as resources are turned on and off.
+
+        The stack's own resource is turned off first: nobody but the scheduler may say that it is live.
+        """
+        for state in ("draining", "off"):
+            execute(
+                self.database_url,
+                f"UPDATE scheduler.resources SET wanted = 'off', state = '{state}'"
+                f" WHERE resource_id = '{self.resource_id}'",
+            )
+        self.start_service("scheduler")
+        port = free_port()
+        self._start(
+            "agent",
+            "services.worker.agent",
+            {
+                "OPS_PORT": str(port),
+                "ROUNDHOUSE_NODE_ID": "stack",
+                "ROUNDHOUSE_HOME": str(self._folder / "home"),
+                "ROUNDHOUSE_DEVICES": ",".join(f"cpu:{index}" for index in range(devices)),
+                "ROUNDHOUSE_WORKER_COMMAND": json.dumps([sys.executable, "-m", worker_module]),
+                **environment,
+            },
+        )
+        wait_ready(f"http://127.0.0.1:{port}/readyz", self.processes["agent"])
+
     def _start(self, name: str, module: str, environment: dict[str, str]) -> None:
         log = (self._folder / f"{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(
@@ -117,9 +147,28 @@ class Stack:
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident memory of each process of ours, and what the broker's node says of itself."""
-        sizes = {name: resident_bytes(process.pid) for name, process in self.processes.items()}
+        sizes = {name: process_tree(process.pid).resident_bytes for name, process in self.processes.items()}
         sizes["rabbitmq"] = int(get_json(f"{self.management_url.rstrip('/')}/api/nodes")[0]["mem_used"])
         return sizes
+
+    def processor_s(self) -> dict[str, float]:
+        """Processor time that each process of ours has had, with its children's, and that of the servers on this machine.
+
+        A process that was killed takes its time with it.
+        """
+        roots = {name: process.pid for name, process in self.processes.items()}
+        node = get_json(f"{self.management_url.rstrip('/')}/api/nodes")[0]
+        roots["rabbitmq"] = int(node["os_pid"])
+        roots["postgres"] = asyncio.run(_postmaster_pid(self.database_url))
+        return {name: process_tree(pid).processor_s for name, pid in roots.items()}
+
+
+async def _postmaster_pid(database_url: str) -> int:
+    connection = await asyncpg.connect(database_url)
+    try:
+        return parent_of(int(await connection.fetchval("SELECT pg_backend_pid()")))
+    finally:
+        await connection.close()
 
 
 @contextmanager
@@ -132,11 +181,14 @@ def running_stack() -> Iterator[Stack]:
         with (
             scratch_database(servers.database_url, prefix="loadtest") as database_url,
             scratch_vhost(servers.amqp_url, servers.amqp_management_url, "loadtest") as amqp_url,
+            scratch_vhost(servers.amqp_url, servers.amqp_management_url, "teams") as teams_url,
         ):
             environment = {
                 **os.environ,
                 "DATABASE_URL": database_url,
                 "AMQP_URL": amqp_url,
+                "AMQP_MANAGEMENT_URL": servers.amqp_management_url,
+                "TEAMS_VHOST": urllib.parse.urlsplit(teams_url).path.removeprefix("/"),
                 "REDIS_URL": servers.redis_url,
                 "ROUNDHOUSE_MODEL_STORE": str(folder / "store"),
                 "ROUNDHOUSE_MODEL_IMPORT_DIR": str(main_layout().models),
@@ -245,26 +297,3 @@ def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"{process.args!r} was not ready within {READY_LIMIT_S} s")
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident set of a process and its children."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            parent = int(stat.rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    total, todo = 0, [pid]
-    while todo:
-        current = todo.pop()
-        todo += children.get(current, [])
-        try:
-            pages = int(Path(f"/proc/{current}/statm").read_text().split()[1])
-        except OSError:
-            continue
-        total += pages * os.sysconf("SC_PAGESIZE")
-    return total

@@ -61,7 +61,10 @@ class StubEngine:
             self._bases[handle] = base_handle
         return self.load_model(handle, folder)
 
-    def unload_model(self, handle: str) -> None:
+    def forget_prefixes(self) -> None:
+        """It keeps none."""
+
+    def unload_model(self, handle: str, *, keep_prefixes: bool) -> None:
         if handle in self._bases.values():
             raise ValueError(f"model {handle} has adapters")
         if any(answer.request.model == handle for answer in self._answers.values()):

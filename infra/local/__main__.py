@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from infra.local.daemon import build
 from infra.local.failures import SetupFailed, explain_os_error
 from infra.local.layout import ROOT, Layout, e2e_layout, main_layout, test_layout
 from infra.local.leftovers import find_processes
@@ -111,6 +112,21 @@ def env(layout: Layout) -> int:
     return 0
 
 
+def run(layout: Layout, command: list[str]) -> int:
+    """Run a command, with `.venv`'s programs first in its path, as one that knows where this set's servers are."""
+    addresses, _ = build(layout, "servers", os.environ)
+    if not command:
+        raise SetupFailed("name a command, such as: run python -m services.billing.price_list check FILE")
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    env = {**os.environ, **addresses.env(), "PATH": path}
+    try:
+        return subprocess.run(command, env=env).returncode
+    except FileNotFoundError:
+        raise SetupFailed(f"there is no command '{command[0]}'") from None
+    except KeyboardInterrupt:
+        return 130
+
+
 def _short(path: Path) -> str:
     return os.path.relpath(path, ROOT) if ROOT in path.parents else str(path)
 
@@ -140,11 +156,17 @@ def main(argv: list[str]) -> int:
     logs_parser.add_argument("names", nargs="*", help="processes; all, if none is named")
     logs_parser.add_argument("-f", "--follow", action="store_true")
     logs_parser.add_argument("-n", "--lines", type=int, default=20)
+    run_parser = commands.add_parser(
+        "run", help="run a command that knows where the servers are (DATABASE_URL, ...)"
+    )
+    run_parser.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND")
     arguments = parser.parse_args(argv)
     layout = main_layout()
     try:
         if arguments.command == "logs":
             return logs(layout, arguments.names, follow=arguments.follow, lines=arguments.lines)
+        if arguments.command == "run":
+            return run(layout, arguments.words)
         simple = {"up": up, "down": down, "status": status, "clean": clean, "env": env}
         return simple[arguments.command](layout)
     except SetupFailed as failure:

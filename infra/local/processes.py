@@ -35,6 +35,7 @@ PASSED_ON = (
         "GATEWAY_*",
         "BILLING_*",
         "BATCH_*",
+        "TEAMS_*",
         "AWS_*",
         "DRAIN_TIMEOUT_S",
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import secrets
 import threading
 import urllib.parse
@@ -29,6 +30,10 @@ def scratch_vhost(amqp_url: str, management_url: str, prefix: str = "scratch") -
         call_management(management_url, "PUT", f"permissions/{name}/{urllib.parse.quote(user)}", rights)
         yield with_path(amqp_url, name)
     finally:
+        # Users are the whole broker's: those that somebody made for this vhost would stay behind.
+        for row in json.loads(call_management(management_url, "GET", f"vhosts/{name}/permissions", None)):
+            if row["user"] != user:
+                call_management(management_url, "DELETE", f"users/{urllib.parse.quote(row['user'])}")
         call_management(management_url, "DELETE", f"vhosts/{name}")
 
 
@@ -43,8 +48,8 @@ def scratch_database(url: str, how: str = "", prefix: str = "scratch") -> Iterat
         execute(url, f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
-def call_management(management_url: str, method: str, path: str, body: bytes = b"{}") -> None:
-    """Ask RabbitMQ's management API; any answer but a 2xx raises."""
+def call_management(management_url: str, method: str, path: str, body: bytes | None = b"{}") -> bytes:
+    """Ask RabbitMQ's management API and return its answer; any but a 2xx raises."""
     parts = urllib.parse.urlsplit(management_url)
     user, password = urllib.parse.unquote(parts.username or ""), urllib.parse.unquote(parts.password or "")
     request = urllib.request.Request(
@@ -54,8 +59,8 @@ def call_management(management_url: str, method: str, path: str, body: bytes = b
     )
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
-    with urllib.request.urlopen(request, timeout=20):
-        pass
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return bytes(answer.read())
 
 
 def execute(url: str, statement: str) -> None:

@@ -24,6 +24,8 @@ VHOST = "roundhouse"
 
 # Longest time a message may stay unacknowledged. Job deadlines must fit into it; the broker's default, made explicit.
 CONSUMER_TIMEOUT_S = 1800
+# Of anybody's message: what is larger ends its channel. Ours have at most half of it; the default of 3.10 is 128 MiB.
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 PLUGINS = ("rabbitmq_management", "rabbitmq_prometheus")
 # Two schedulers that sleep instead of spinning: the node shares two cores with everything else.
 ERLANG_FLAGS = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none -kernel inet_dist_use_interface {127,0,0,1}"
@@ -41,6 +43,7 @@ default_permissions.configure = .*
 default_permissions.read = .*
 default_permissions.write = .*
 consumer_timeout = {consumer_timeout_ms}
+max_message_size = {max_message_bytes}
 disk_free_limit.absolute = 200MB
 vm_memory_high_watermark.absolute = 1GB
 log.console = true
@@ -84,6 +87,7 @@ class PrivateRabbit:
             password=self.password,
             vhost=VHOST,
             consumer_timeout_ms=CONSUMER_TIMEOUT_S * 1000,
+            max_message_bytes=MAX_MESSAGE_BYTES,
         )
         write_private(self.folder / "rabbitmq.conf", text)
         write_private(self.folder / "enabled_plugins", f"[{','.join(PLUGINS)}].\n")
