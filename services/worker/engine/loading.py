@@ -108,8 +108,8 @@ class ModelLoader:
         if self._device.type != "cpu" or reason is not None:
             raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
         # While nobody computes, the processors are this load's: its answer is what is waited for.
-        found.image.verify(wait, threads=1 if is_busy() else self._reading_threads())
-        return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
+        with found.image.verifying(wait, threads=1 if is_busy() else self._reading_threads()):
+            return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
 
     def _reading_threads(self) -> int:
         chosen = 1 if self._tuner is None else self._tuner.chosen

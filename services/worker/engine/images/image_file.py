@@ -14,6 +14,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,9 +23,11 @@ import torch
 
 from .checksums import BEST, DIGESTS
 
-_MAGIC = b"RHIMAGE1"
+_MAGIC = b"RHIMAGE2"
 _PREFIX = struct.Struct("<8sQ32s")
-_PAGE_BYTES = 4096
+# The kernel may hold and map huge pages of a file that is written in whole ones: loads then wait for hundreds of faults
+# instead of ten thousands.
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
 _ALIGNMENT_BYTES = 64
 _CHUNK_BYTES = 4 * 1024 * 1024
 # That of a model with 500 layers is below 1 MiB.
@@ -58,6 +61,12 @@ class Image:
         after_chunk: called with the bytes just read, so that a caller can leave memory to others in between; on the thread
         that read them. threads: that read at once, this one among them.
         """
+        with self.verifying(after_chunk, threads=threads):
+            pass
+
+    @contextmanager
+    def verifying(self, after_chunk: Callable[[int], None], *, threads: int) -> Iterator[None]:
+        """As `verify`, whose other threads read while the caller does something else; at its end this one helps."""
         digest, data = DIGESTS[self.algorithm], memoryview(self.body.numpy())
         left = iter(range(len(self.chunk_digests)))
 
@@ -72,11 +81,17 @@ class Image:
 
         helpers = min(threads, len(self.chunk_digests)) - 1
         if helpers < 1:
+            yield
             read()
             return
         with ThreadPoolExecutor(helpers, thread_name_prefix="verify") as pool:
             reading = [pool.submit(read) for _ in range(helpers)]
-            read()
+            try:
+                yield
+                read()
+            finally:
+                for _ in left:  # after a failure nobody needs the rest
+                    pass
             for each in reading:
                 each.result()
 
@@ -132,7 +147,7 @@ def open_image(path: Path) -> Image:
     body = torch.tensor([], dtype=torch.uint8).set_(storage)[body_start:]
     return Image(
         meta=header["meta"],
-        tensors={name: _view(body, *place) for name, place in header["tensors"].items()},
+        tensors=_views(storage, body_start, header["tensors"]),
         body=body,
         chunk_digests=tuple(header["chunks"]),
         chunk_bytes=int(header["chunk_bytes"]),
@@ -154,12 +169,19 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, header_bytes
 
 
-def _view(body: torch.Tensor, dtype: str, shape: list[int], offset: int) -> torch.Tensor:
-    kind = _DTYPES[dtype]
-    count = 1
-    for size in shape:
-        count *= size
-    return body[offset : offset + count * kind.itemsize].view(kind).view(shape)
+def _views(
+    storage: torch.UntypedStorage, body_start: int, places: Mapping[str, tuple[str, list[int], int]]
+) -> dict[str, torch.Tensor]:
+    """One step for each tensor: a model has hundreds, and whoever waits for it waits for them."""
+    whole = {name: torch.empty(0, dtype=dtype).set_(storage) for name, dtype in _DTYPES.items()}
+    views = {}
+    for name, (dtype, shape, offset) in places.items():
+        strides = [1] * len(shape)
+        for axis in range(len(shape) - 1, 0, -1):
+            strides[axis - 1] = strides[axis] * shape[axis]
+        elements = (body_start + offset) // _DTYPES[dtype].itemsize
+        views[name] = whole[dtype].as_strided(shape, strides, elements)
+    return views
 
 
 def _places(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], int]:
@@ -201,7 +223,7 @@ def _pieces(
 
 
 def _body_start(header_bytes: int) -> int:
-    return _up(_PREFIX.size + header_bytes, _PAGE_BYTES)
+    return _up(_PREFIX.size + header_bytes, _HUGE_PAGE_BYTES)
 
 
 def _up(count: int, multiple: int) -> int:

@@ -15,12 +15,13 @@ import torch
 from ..api import EngineConfig
 from ..config_file import Config
 from ..detokenize import ByteTable
+from ..native.build import load_library
 from ..spec import DecoderSpec, spec_from_config
 from .canary import Canary
 from .image_file import Image, ImageDamaged, open_image, write_image
 
 # Another layout of tensors or of what is kept beside them needs another number: old images are then made anew.
-_LAYOUT = 2
+_LAYOUT = 3
 _PIECES, _PIECE_ENDS = "tokenizer.pieces", "tokenizer.ends"
 
 
@@ -29,7 +30,10 @@ def image_key(content: str, config: EngineConfig) -> str:
 
     content: says exactly which weights, such as a digest of what was registered.
     """
-    parts = (str(_LAYOUT), content, config.device.partition(":")[0], config.precision)
+    device = config.device.partition(":")[0]
+    parts = [str(_LAYOUT), content, device, config.precision]
+    if device == "cpu" and config.precision == "bf16" and load_library().build.rounds_rows:
+        parts.append("rounded rows")  # what its canary says differs
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -62,7 +66,9 @@ class ModelImage:
 
     def byte_table(self) -> ByteTable:
         tensors = self.image.tensors
-        return ByteTable(_Pieces(bytes(tensors[_PIECES].numpy()), array("i", tensors[_PIECE_ENDS].tolist())))
+        ends = array("i")
+        ends.frombytes(tensors[_PIECE_ENDS].view(torch.uint8).numpy())
+        return ByteTable(_Pieces(tensors[_PIECES].numpy().tobytes(), ends))
 
 
 def save_model_image(path: Path, key: str, parts: ImageParts) -> int:

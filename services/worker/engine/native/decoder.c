@@ -22,7 +22,7 @@ typedef struct {
 
 static float *plain_row(const hand *h, const rh_linear *linear, int row) {
     const rh_rows *input = &h->pass->input;
-    if (linear->kind != RH_INT8) return (float *)input->data + (size_t)row * linear->inputs;
+    if (!RH_IS_ROUNDED(linear->kind)) return (float *)input->data + (size_t)row * linear->inputs;
     return input->plain ? input->plain + (size_t)row * linear->true_inputs : h->scratch;
 }
 

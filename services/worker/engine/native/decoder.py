@@ -75,7 +75,7 @@ class NativeDecoder:
         self._shapes = product_shapes(spec)
         self._layers = (bindings.Layer * spec.layers)(*map(self._layer, range(spec.layers)))
         self._struct = self._decoder_struct()
-        self._scratch = _Scratch(spec, self._kind, threads)
+        self._scratch = _Scratch(spec, _row_dtype(self._kind, loaded.build.rounds_rows), threads)
 
     @classmethod
     def pack(cls, spec: DecoderSpec, weights: DecoderWeights, precision: str, threads: int) -> NativeDecoder:
@@ -223,11 +223,18 @@ def angle_tables(rope: RopeSpec, positions: int) -> tuple[torch.Tensor, torch.Te
     return angles.cos(), angles.sin()
 
 
+def _row_dtype(kind: Kind, rounds_rows: bool) -> torch.dtype:
+    if kind == Kind.INT8:
+        return torch.int8
+    return torch.bfloat16 if kind == Kind.BF16 and rounds_rows else torch.float32
+
+
 class _Scratch:
     """Room that passes share, grown when a larger one comes: one pass runs at a time."""
 
-    def __init__(self, spec: DecoderSpec, kind: Kind, threads: int) -> None:
-        self._spec, self._kind, self._threads = spec, kind, threads
+    def __init__(self, spec: DecoderSpec, row_dtype: torch.dtype, threads: int) -> None:
+        """row_dtype: of rows that a product takes."""
+        self._spec, self._row_dtype, self._threads = spec, row_dtype, threads
         self._rows = self._tokens = 0
         self.widest_row = max(spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_dim)
         self._plain: torch.Tensor | None = None
@@ -247,11 +254,11 @@ class _Scratch:
             mlp_in = spec.intermediate_size * (2 if spec.is_gated else 1)
             qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
             inputs = padded(max(spec.hidden_size, spec.intermediate_size, mixed), GROUP)
-            int8 = self._kind == Kind.INT8
+            int8 = self._row_dtype == torch.int8
             self._between = torch.empty(grown, spec.hidden_size)
             self._wide = torch.empty(grown, max(qkv, mlp_in))
             self._mixed = torch.empty(grown, mixed)
-            self._data = torch.empty(grown, inputs, dtype=torch.int8 if int8 else torch.float32)
+            self._data = torch.empty(grown, inputs, dtype=self._row_dtype)
             self._scales = torch.empty(grown, inputs // GROUP) if int8 else None
             self._offsets = torch.empty(grown, inputs // GROUP, dtype=torch.int32) if int8 else None
             self._rows = grown
@@ -265,7 +272,8 @@ class _Scratch:
     def struct(
         self, rows: int, threads: int, hidden: torch.Tensor, has_adapters: bool = False
     ) -> bindings.Pass:
-        plain = self._plain_rows(rows) if has_adapters and self._kind == Kind.INT8 else None
+        is_rounded = self._row_dtype != torch.float32
+        plain = self._plain_rows(rows) if has_adapters and is_rounded else None
         return bindings.Pass(
             rows=rows,
             threads=threads,
@@ -281,7 +289,7 @@ class _Scratch:
         )
 
     def _plain_rows(self, rows: int) -> torch.Tensor:
-        """Adapters beside int8 weights read the rows as they were before."""
+        """Adapters read the rows as they were before they were rounded."""
         if self._plain is None or len(self._plain) < rows:
             self._plain = torch.empty(_grown(rows), self.widest_row)
         return self._plain

@@ -1,5 +1,5 @@
 /* What the files of this folder share. `bindings.py` repeats the structs: change both together (a test compares sizes).
- * Sizes are in elements unless a name says bytes. Everything is fp32 except weights, KV blocks and int8 rows. */
+ * Sizes are in elements unless a name says bytes. Everything is fp32 except weights, KV blocks and rounded rows. */
 #ifndef RH_KERNELS_H
 #define RH_KERNELS_H
 
@@ -13,6 +13,13 @@
 #define RH_GROUP 32        /* inputs that share an int8 scale, of activations and of weights */
 
 enum { RH_FP32 = 0, RH_BF16 = 1, RH_INT8 = 2 };
+/* Whether rows are rounded for products of such weights: to bf16 only where the processor multiplies it faster. */
+#ifdef RH_BF16_ROWS
+#define RH_IS_ROUNDED(kind) ((kind) != RH_FP32)
+#else
+#define RH_IS_ROUNDED(kind) ((kind) == RH_INT8)
+#endif
+
 enum { RH_NORM_RMS = 0, RH_NORM_LAYER = 1 };
 enum { RH_SILU = 0, RH_GELU = 1, RH_GELU_TANH = 2, RH_RELU = 3 };
 enum { RH_SEQUENTIAL = 0, RH_PARALLEL = 1, RH_PARALLEL_TWO_NORMS = 2 };
@@ -87,9 +94,9 @@ typedef struct {
     rh_linear head;
 } rh_decoder;
 
-/* Rows ready to be multiplied: fp32, or int8 with a scale for each group of RH_GROUP inputs of each row; `offsets` takes
- * back what storing weights plus 128 adds: -128 x the sum of the group. plain: int8 only, and only where adapters need the
- * rows in fp32: rows of true_inputs. */
+/* Rows ready to be multiplied: fp32, bf16, or int8 with a scale for each group of RH_GROUP inputs of each row; `offsets` takes
+ * back what storing weights plus 128 adds: -128 x the sum of the group. plain: rounded rows only, and only where adapters need
+ * them in fp32: rows of true_inputs. */
 typedef struct {
     void *data;
     float *scales;

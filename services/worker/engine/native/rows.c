@@ -140,6 +140,14 @@ static void store_int8(const float *x, int true_inputs, int inputs, int8_t *data
     }
 }
 
+#ifdef RH_BF16_ROWS
+/* To the nearest, ties to even, as every library of bf16 does. */
+static void store_bf16(const float *x, int true_inputs, int inputs, uint16_t *data) {
+    for (int i = 0; i < inputs; i += RH_LANES)
+        _mm256_storeu_si256((__m256i *)(data + i), (__m256i)_mm512_cvtneps_pbh(v_load_part(v_first(true_inputs - i), x + i)));
+}
+#endif
+
 void rh_store_row(int kind, const float *x, int true_inputs, int inputs, const rh_rows *rows, int row) {
     if (kind == RH_INT8) {
         const size_t groups = (size_t)(inputs / RH_GROUP);
@@ -147,6 +155,12 @@ void rh_store_row(int kind, const float *x, int true_inputs, int inputs, const r
                    rows->offsets + row * groups);
         return;
     }
+#ifdef RH_BF16_ROWS
+    if (kind == RH_BF16) {
+        store_bf16(x, true_inputs, inputs, (uint16_t *)rows->data + (size_t)row * inputs);
+        return;
+    }
+#endif
     float *y = (float *)rows->data + (size_t)row * inputs;
     if (x != y) memmove(y, x, sizeof(float) * true_inputs);
     memset(y + true_inputs, 0, sizeof(float) * (inputs - true_inputs));
