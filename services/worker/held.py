@@ -187,6 +187,11 @@ def model_handle(key: ModelKey) -> str:
     return f"{key[0]}@{key[1]}"
 
 
+def model_key(handle: str) -> ModelKey:
+    model_id, _, revision = handle.rpartition("@")
+    return model_id, int(revision)
+
+
 def choice_seed(seed: int, choice: int) -> int:
     return (seed + choice) % (1 << SEED_BITS)
 

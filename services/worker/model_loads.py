@@ -1,6 +1,7 @@
 """How a model gets onto the device: from its image if there is one, else from its folder in the store.
 
-1. An image is compared with its checksums at each load and, at its first in this process, with its canary.
+1. An image is compared with its checksums at each load and, at its first in this process, with its canary. On a CPU most of
+   the weights are compared in the first pass after the load, before anything of it is answered (`distrust`).
 2. One that differs is thrown away, the model is refused and an alarm raised: nothing of it is ever answered, and nothing that
    was computed before is used again. A later try finds no image and begins with the folder.
 3. A folder is compared with its manifest. Then an image is made of it, beside serving, for the next time.
@@ -38,7 +39,7 @@ class ModelLoads:
         """images: None loads from folders alone."""
         self._engine, self._store, self._images, self._on_damage = engine, store.resolve(), images, on_damage
         self._maker = None if images is None else ImageMaker(images)
-        self._in_use: dict[ModelKey, HeldImage] = {}
+        self._in_use: dict[ModelKey, tuple[WeightsRef, HeldImage]] = {}
         self._asked_canaries: set[str] = set()
 
     def file_bytes(self, ref: WeightsRef) -> int:
@@ -56,7 +57,7 @@ class ModelLoads:
         if image is not None:
             # Another worker that makes room may remove it before our lock is on it: then it is gone by its name.
             with contextlib.suppress(FileNotFoundError):
-                return await self._load_image(ref, image, self._images)
+                return await self._load_image(ref, image)
         info = await self._load_folder(ref, folder)
         self._ask_image(key, ref, folder)
         return info
@@ -64,9 +65,15 @@ class ModelLoads:
     async def unload(self, key: ModelKey) -> None:
         """Raises `ValueError` while a sequence of it lives."""
         await self._engine.unload(model_handle(key))
-        image = self._in_use.pop(key, None)
+        _, image = self._in_use.pop(key, (None, None))
         if image is not None:
             image.close()
+
+    def distrust(self, key: ModelKey, reason: str) -> None:
+        """A loaded model's weights turned out to differ from its image's sums. It is still to be unloaded."""
+        ref, image = self._in_use[key]
+        self._discard(image)
+        self._take_out(ref, reason)
 
     def prepare(self, ref: WeightsRef) -> None:
         """Have an image made of a model that may be asked for, if there is none. Raises `ModelUnavailable`."""
@@ -81,7 +88,7 @@ class ModelLoads:
         if self._maker is not None:
             await self._maker.run(is_busy)
 
-    async def _load_image(self, ref: WeightsRef, image: HeldImage, images: ImageStore) -> ModelInfo:
+    async def _load_image(self, ref: WeightsRef, image: HeldImage) -> ModelInfo:
         model = (ref.model_id, ref.revision)
         try:
             info = await self._engine.load_image(
@@ -94,14 +101,14 @@ class ModelLoads:
             return await self._load_folder(ref, self._folder(ref))
         except ImageDamaged as error:
             image.close()
-            images.discard(image.key)
+            self._discard(image)
             self._take_out(ref, str(error))
             raise ModelUnavailable("the model's image is damaged") from error
         except BaseException:
             image.close()
             raise
         self._asked_canaries.add(image.key)
-        self._in_use[model] = image
+        self._in_use[model] = ref, image
         return info
 
     async def _load_folder(self, ref: WeightsRef, folder: Path) -> ModelInfo:
@@ -113,6 +120,11 @@ class ModelLoads:
         base = _base(ref)
         base_handle = None if base is None else model_handle((base.model_id, base.revision))
         return await self._engine.load(model_handle((ref.model_id, ref.revision)), folder, base_handle)
+
+    def _discard(self, image: HeldImage) -> None:
+        assert self._images is not None  # it is one of theirs
+        self._images.discard(image.key)
+        self._asked_canaries.discard(image.key)  # the one that is made anew has the same key
 
     def _take_out(self, ref: WeightsRef, reason: str) -> None:
         # Nobody knows since when it differs.

@@ -1,10 +1,13 @@
 """Which models are on the device, and how large others would be: state machine and bookkeeping, no policy.
 
-absent -> loading -> ready -> evicting -> absent;  loading -> failed -> absent (tried again after a pause)
+absent -> loading -> ready -> evicting -> absent;  loading -> failed -> absent (tried again after a pause);
+ready -> evicting -> failed, where the first pass finds its weights damaged
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Collection, Mapping
@@ -22,6 +25,7 @@ from shared.messages import ModelRef, ResidentModel, WeightsRef
 log = structlog.get_logger()
 
 RETRY_FAILED_S = 30.0
+TAKE_OUT_PAUSE_S = 0.05
 MOST_REPORTED = 256
 MOST_REASON = 200
 _BYTES_FACTOR = {"bf16": 1.0, "fp32": 2.0, "int8": 0.8}
@@ -179,6 +183,23 @@ class Residency:
             kernels=info.kernels,
             load_ms=round((time.monotonic() - started_s) * 1000),
         )
+
+    async def take_out(self, key: ModelKey, reason: str) -> None:
+        """ready -> evicting -> failed: its weights are damaged. Until its sequences have failed it is tried again."""
+        if not self.is_ready(key):
+            return  # told already
+        self._models[key].state = "evicting"
+        self._loads.distrust(key, reason)
+        while True:
+            for adapter in [each for each, base in self.bases.items() if base == key and self.is_ready(each)]:
+                with contextlib.suppress(ValueError):
+                    await self.evict(adapter)
+            try:
+                await self._loads.unload(key)
+                break
+            except ValueError:
+                await asyncio.sleep(TAKE_OUT_PAUSE_S)
+        self.mark_failed(key, "the model's image is damaged")
 
     async def evict(self, key: ModelKey) -> None:
         """ready -> evicting -> absent. Raises `ValueError`, and leaves it ready, while a sequence of it lives."""

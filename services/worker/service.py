@@ -24,6 +24,7 @@ from services.worker.held import (
     finished_message,
     first_requests,
     model_handle,
+    model_key,
     next_embed_request,
     parse_sequence_id,
     repeated,
@@ -405,6 +406,10 @@ class Worker:
         log.error("model_damaged", model_id=ref.model_id, revision=ref.revision, reason=reason)
         self._group.create_task(self._send_alarm(ref, reason))
 
+    async def _take_out(self, key: ModelKey, reason: str) -> None:
+        await self._residency.take_out(key, reason)
+        self._wake.set()
+
     async def _send_alarm(self, ref: WeightsRef, reason: str) -> None:
         alarm = ModelDamaged(
             event_id=new_id("evt"),
@@ -596,6 +601,9 @@ class Worker:
 
     def _on_report(self, report: StepReport) -> None:
         now_unix_ns = time.time_ns()
+        damaged = {model_key(handle): reason for handle, reason in report.damaged.items()}
+        for key, reason in damaged.items():
+            self._group.create_task(self._take_out(key, reason))
         for sequence_id in report.prefilled:
             if (found := self._of_this_run(sequence_id)) is not None:
                 held, choice = found
@@ -609,7 +617,11 @@ class Worker:
             held, choice = found
             if delta.error is not None:
                 self._stop_sequences(held)
-                self._end(held, "failed", "generation_failed", delta.error)
+                is_damaged = not damaged.keys().isdisjoint(
+                    (held.model, self._residency.bases.get(held.model))
+                )
+                code = "model_unavailable" if is_damaged else "generation_failed"
+                self._end(held, "failed", code, delta.error)
                 continue
             if isinstance(held.job, EmbedJob):
                 self._on_vector(held, held.job, choice, delta)

@@ -12,11 +12,15 @@ import msgspec
 import pytest
 
 from services.worker.engine import Engine, Sampling, SequenceRequest
+from services.worker.engine.images import image_file
 from services.worker.engine.images.convert import convert
 from services.worker.engine.native.build import load_library
 from services.worker.image_store import ImageStore
 from services.worker.model_files import content_id
-from shared.messages import GenerateJob, ModelRef, SamplingParams
+from shared import topology
+from shared.broker import Delivery
+from shared.messages import Alarm, GenerateJob, ModelDamaged, ModelRef, SamplingParams
+from shared.outcomes import Done, Outcome
 from tests.integration.test_job_path import Path_, path, read, whole_text
 from tests.integration.test_model_turns import add_model, submit
 from tests.integration.test_residency import reports_of, until
@@ -100,12 +104,16 @@ def fresh_answer(store: Path, ref: ModelRef) -> list[int]:
     return tokens
 
 
-async def ask(path: Path_, ref: ModelRef) -> list[int]:
+def job_of(path: Path_, ref: ModelRef) -> GenerateJob:
     job = stub_job(path.owner.queue, path.resource_id, max_tokens=TOKENS)
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
     job = msgspec.structs.replace(job, model=ref, prompt_tokens=PROMPT, sampling=greedy)
     assert isinstance(job, GenerateJob)
-    _, tokens, end = await read(await path.owner.submit(job, path.queue))
+    return job
+
+
+async def ask(path: Path_, ref: ModelRef) -> list[int]:
+    _, tokens, end = await read(await path.owner.submit(job_of(path, ref), path.queue))
     assert end.outcome == "succeeded", (end.error_code, end.error_message)
     return tokens
 
@@ -132,3 +140,47 @@ async def test_each_revision_answers_as_itself_with_images_and_without(path: Pat
         assert await asyncio.wait_for(ask(path, ref), 60) == expected[ref.folder]
     # A swap was every time, and from memory for one model there was always one to let go.
     assert path.workers[0].log.read_text().count("model_evicted") >= 20
+
+
+@pytest.mark.skipif(load_library().library is None, reason="images are of the C kernels")
+@pytest.mark.timeout(180)
+async def test_a_model_that_its_first_pass_finds_damaged_says_nothing_and_others_go_on(
+    path: Path_, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_file, "_CHUNK_BYTES", 4096)  # else all of so small a model is read at the load
+    store, images = path.store, tmp_path / "images"
+    sound, broken = put(store, "mod_a", 1, 1), put(store, "mod_b", 1, 2)
+    expected = fresh_answer(store, sound)
+    make_images(store, images, (sound, broken))
+    key = ImageStore(images, 10**9, CONFIG).key(content_id(broken, store / broken.folder))
+    alarms: list[ModelDamaged] = []
+
+    async def keep(delivery: Delivery) -> Outcome:
+        alarms.append(delivery.message)
+        return Done()
+
+    consuming = asyncio.create_task(path.broker.consume(topology.ALARMS, Alarm, keep))
+    path.worker(
+        module="services.worker",
+        max_batch=4,
+        environment={"ROUNDHOUSE_WORKER_MODEL_BYTES": "1", "ROUNDHOUSE_IMAGE_DIR": str(images)},
+    )
+    for ref in (broken, sound):
+        await asyncio.wait_for(ask(path, ref), 60)
+    data = bytearray((images / f"{key}.image").read_bytes())
+    data[-5000] ^= 1
+    (images / f"{key}.image").unlink()
+    (images / f"{key}.image").write_bytes(data)
+    streams = [await path.owner.submit(job_of(path, broken), path.queue) for _ in range(3)]
+    for _, tokens, end in await asyncio.wait_for(asyncio.gather(*map(read, streams)), 60):
+        assert (tokens, end.outcome, end.error_code) == ([], "failed", "model_unavailable")
+    async with asyncio.timeout(30):
+        while not alarms:
+            await asyncio.sleep(0.05)
+    consuming.cancel()
+    await asyncio.wait({consuming})
+    assert [(alarm.model_id, alarm.reason) for alarm in alarms] == [
+        ("mod_b", "its weights differ from what was written")
+    ]
+    assert not (images / f"{key}.image").exists()
+    assert await asyncio.wait_for(ask(path, sound), 60) == expected

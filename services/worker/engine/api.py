@@ -129,12 +129,17 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Outcome of the passes that a step read. prefilled: ids of sequences whose first prefill was completed by them."""
+    """Outcome of the passes that a step read. prefilled: ids of sequences whose first prefill was completed by them.
+
+    damaged: models (not adapters) whose weights turned out to differ from what was written, and what is said of it: every
+    sequence of theirs fails until they are unloaded.
+    """
 
     deltas: list[Delta] = field(default_factory=list)
     prefill_tokens: int = 0
     decode_tokens: int = 0
     prefilled: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ from .packing import PackedTokens
 from .spec import ModelSpec
 
 
+class WeightsDamaged(Exception):
+    """Weights differ from what was written: what was computed from them is worth nothing."""
+
+
 class Decoder(Protocol):
+    """All methods raise WeightsDamaged where weights are compared with their checksums in the pass that first reads them."""
+
     weight_bytes: int
 
     @property

@@ -18,7 +18,7 @@ import torch
 from .api import Delta, EngineConfig, EngineRefusal, ModelInfo, ModelRefusal, SequenceRequest, StepReport
 from .background import StepCost, beside_others
 from .batching import ModelBatch, plan_step
-from .decoder import Decoder, PreparedDecoder, kv_dtype
+from .decoder import Decoder, PreparedDecoder, WeightsDamaged, kv_dtype
 from .detokenize import ByteTable
 from .kv_cache import KVPool
 from .loading import LoadedModel, ModelLoader
@@ -58,6 +58,7 @@ class Engine:
         self._finished_at_add: dict[str, LiveSequence] = {}
         self._step_tokens = config.step_tokens or config.prefill_chunk_tokens + config.max_batch
         self._in_flight: list[LaunchedPass] = []
+        self._damaged: dict[str, str] = {}  # found in this step
         self._steps_ahead = config.steps_ahead
         if self._steps_ahead is None:
             self._steps_ahead = 1 if self._device.type == "cuda" else 0
@@ -218,7 +219,10 @@ class Engine:
         for each in launched:
             self._settle_pass(each, round_)
         self._forget_unwanted_passes()
-        return StepReport(round_.deltas, round_.prefill_tokens, round_.decode_tokens, round_.prefilled)
+        damaged, self._damaged = self._damaged, {}
+        return StepReport(
+            round_.deltas, round_.prefill_tokens, round_.decode_tokens, round_.prefilled, damaged
+        )
 
     def _read_passes(self, round_: _Round) -> None:
         """Nothing is in flight afterwards."""
@@ -258,15 +262,20 @@ class Engine:
         assert self._pool is not None  # made with the first model
         model = self._models[batch.model]
         before = next((each for each in self._in_flight if each.base == batch.model), None)
-        if before is None:
-            launched = launch_isolated(model.decoder, model.sampler, works, self._pool, self._device)
-        else:
-            try:
+        try:
+            if before is None:
+                launched = launch_isolated(model.decoder, model.sampler, works, self._pool, self._device)
+            else:
                 launched = [launch(model.decoder, model.sampler, works, self._pool, self._device, before)]
-            except torch.AcceleratorError:
+        except WeightsDamaged as problem:
+            self._damaged[batch.model] = str(problem)
+            launched = [LaunchedPass(works, errors=dict.fromkeys(range(len(works)), str(problem)))]
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            if before is None:
                 raise
-            except Exception:  # noqa: BLE001 - it comes again in the next step, where it is somebody's outcome
-                return None
+            return None
         for work in works:
             work.sequence.view.computed_tokens += work.count
             work.sequence.view.unread_tokens += work.draws

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from .api import EngineConfig, ModelInfo, ModelRefusal
-from .decoder import Decoder
+from .decoder import Decoder, WeightsDamaged
 from .decoder_choice import describe_kernels, is_placed, make_decoder
 from .detokenize import ByteTable, read_byte_table, read_tokenizer_file
 from .family_weights import FamilyWeights
@@ -76,18 +76,22 @@ class ModelLoader:
     ) -> LoadedModel:
         """is_busy: whether models are computing at the moment; most of the memory's speed is then left to them.
 
+        On a CPU the weights' panels are compared with their sums in the first pass, which may be a canary's.
         Raises OSError, ImageDamaged.
         """
         found = open_model_image(path, key, self._config.max_context_tokens)
         decoder = self._decoder_of(found, is_busy)
-        if ask_canary and found.canary.differs_from(
-            sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
-        ):
-            self.leave(decoder)
-            if self._placement is not None:
-                self._placement.forget(key)
-            raise ImageDamaged("the model does not say what it said when its image was made")
-        self._set_threads(decoder)
+        try:
+            if ask_canary and found.canary.differs_from(
+                sing(decoder, self._config.precision, self._device), is_exact=self._device.type == "cpu"
+            ):
+                self.leave(decoder)
+                if self._placement is not None:
+                    self._placement.forget(key)
+                raise ImageDamaged("the model does not say what it said when its image was made")
+            self._set_threads(decoder)
+        except WeightsDamaged as problem:
+            raise ImageDamaged(str(problem)) from problem
         table = self._byte_tables.get(found.tokenizer_digest)
         if table is None:
             table = self._byte_tables[found.tokenizer_digest] = found.byte_table()
@@ -108,8 +112,11 @@ class ModelLoader:
         if self._device.type != "cpu" or reason is not None:
             raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
         # While nobody computes, the processors are this load's: its answer is what is waited for.
-        with found.image.verifying(wait, threads=1 if is_busy() else self._reading_threads()):
-            return NativeDecoder(found.spec, found.weights, config.precision, config.threads or 1)
+        threads = 1 if is_busy() else self._reading_threads()
+        with found.image.verifying(wait, threads=threads, first_bytes=found.unsummed_bytes()):
+            return NativeDecoder(
+                found.spec, found.weights, config.precision, config.threads or 1, found.panel_sums
+            )
 
     def _reading_threads(self) -> int:
         chosen = 1 if self._tuner is None else self._tuner.chosen

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from .api import TokenLogprob
-from .decoder import Decoder
+from .decoder import Decoder, WeightsDamaged
 from .kv_cache import KVPool
 from .packing import PackedTokens, Span
 from .pooling import Pooled, add_rows, rows_to_pool
@@ -97,11 +97,11 @@ def launch_isolated(
     """`launch`; when it breaks (out of memory, say), its halves run again, and theirs: only those that break alone fail.
 
     Running again is safe: a pass writes the same places of the pool, and a sequence's state changes only afterwards.
-    A GPU that broke gives no answers any more, to nobody: that one is raised.
+    A GPU that broke gives no answers any more, to nobody: that one is raised, and so is WeightsDamaged, which is all of theirs.
     """
     try:
         return [launch(decoder, sampler, works, pool, device)]
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, WeightsDamaged):
         raise
     except Exception as problem:  # noqa: BLE001 - it becomes the outcome of the one sequence that it belongs to
         if len(works) == 1:

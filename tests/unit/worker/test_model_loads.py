@@ -13,12 +13,15 @@ import msgspec
 import pytest
 
 from services.worker.engine import Delta, Engine, StepReport
+from services.worker.engine.images import image_file
+from services.worker.engine.images.convert import convert
 from services.worker.engine.native.build import load_library
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
 from services.worker.image_store import HeldImage, ImageStore
-from services.worker.model_files import ModelUnavailable
+from services.worker.model_files import ModelUnavailable, content_id
 from services.worker.model_loads import ModelLoads
+from services.worker.residency import Residency
 from shared.messages import ModelRef
 from tests.unit.worker.engine.builders import make_request
 from tests.unit.worker.store_builders import CONFIG, put_model
@@ -43,11 +46,13 @@ class Bench:
         )
         self.images = ImageStore(tmp_path / "images", 10**9, CONFIG)
         self.damage: list[str] = []
+        self.damaged: dict[str, str] = {}
         self.loads = ModelLoads(
             self.thread, tmp_path / "store", self.images, lambda ref, reason: self.damage.append(reason)
         )
 
     def _note(self, report: StepReport) -> None:
+        self.damaged |= report.damaged
         for delta in report.deltas:
             self.deltas.put_nowait(delta)
 
@@ -142,6 +147,34 @@ async def test_a_damaged_image_takes_the_model_out_and_the_next_try_has_the_fold
         assert bench.image_files == []
         await bench.loads.load(REF)
         assert len(bench.damage) == 1
+
+
+async def test_a_model_whose_first_pass_finds_damage_goes_when_its_sequences_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_file, "_CHUNK_BYTES", 4096)  # else all of so small a model is read at the load
+    async with running(tmp_path) as bench:
+        residency = Residency(bench.loads, "fp32")
+        key = bench.images.key(content_id(REF, bench.folder))
+        image = tmp_path / "images" / f"{key}.image"
+        convert(bench.folder, image, key, CONFIG)
+        await residency.load(REF)  # with its canary
+        await residency.evict(KEY)
+        damage(image)
+        await residency.load(REF)
+        assert bench.damage == [] and residency.is_ready(KEY)
+        for name in ("a", "b"):
+            bench.thread.add(make_request(name, list(range(5, 45)), 4, model=model_handle(KEY)))
+        for _ in range(2):
+            delta = await asyncio.wait_for(bench.deltas.get(), 60)
+            assert delta.error is not None and delta.tokens == ()
+        assert set(bench.damaged) == {model_handle(KEY)}
+        await asyncio.gather(*(residency.take_out(KEY, bench.damaged[model_handle(KEY)]) for _ in range(3)))
+        assert bench.damage == ["its weights differ from what was written"] and bench.image_files == []
+        assert residency.failure(KEY) == "the model's image is damaged"
+        assert bench.engine._models == {}
+        await residency.load(REF)  # the folder is as it was
+        assert await bench.cached_tokens("c") == 0
 
 
 async def test_a_damaged_folder_is_told_and_not_served(tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from .canary import Canary, sing
 from .model_image import ImageParts, save_model_image
 
 _CPU = torch.device("cpu")
+_NO_SUMS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
     tensors: Mapping[str, torch.Tensor]
     content_sum: int
+    panel_sums: torch.Tensor
     canary: Canary
 
 
@@ -45,6 +47,7 @@ def convert(folder: Path, path: Path, key: str, config: EngineConfig) -> int:
         generation_config=generation,
         weights=packed.tensors,
         content_sum=packed.content_sum,
+        panel_sums=packed.panel_sums,
         byte_table=read_byte_table(tokenizer),
         tokenizer_digest=hashlib.sha256(tokenizer).digest(),
         canary=packed.canary,
@@ -62,14 +65,14 @@ def _pack(spec: DecoderSpec, checkpoint: Checkpoint, config: EngineConfig) -> _P
         weights.check_nothing_is_left()
         # Plain torch says what is right: the device's kernels are then compared with something else than themselves.
         reference = TorchDecoder(spec, weights, config.precision, _CPU)
-        return _Packed({ARENA: memory}, content_sum(memory), _canary(reference, config))
+        return _Packed({ARENA: memory}, content_sum(memory), _NO_SUMS, _canary(reference, config))
     if config.device != "cpu":
         raise ModelRefusal("the Triton kernels do not compute this model, and others have no images")
     decoder = make_decoder(spec, weights, config, _CPU)
     weights.check_nothing_is_left()
     if not isinstance(decoder, NativeDecoder):
         raise ModelRefusal(f"{type(decoder).__name__} computes this model, and has no images")
-    return _Packed(decoder.weights, 0, _canary(decoder, config))
+    return _Packed(decoder.weights, 0, decoder.panel_sums(), _canary(decoder, config))
 
 
 def _canary(decoder: Decoder, config: EngineConfig) -> Canary:

@@ -34,7 +34,7 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 _MOST_HEADER_BYTES = 64 * 1024 * 1024
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32, torch.int64)
 }
 
 
@@ -55,6 +55,11 @@ class Image:
     chunk_bytes: int
     algorithm: str
 
+    def offset(self, tensor: str) -> int:
+        """Bytes of the body before it."""
+        place: int = self.tensors[tensor].data_ptr() - self.body.data_ptr()
+        return place
+
     def verify(self, after_chunk: Callable[[int], None] = lambda _: None, *, threads: int = 1) -> None:
         """Reads all of it, at the speed of memory where it is in the page cache. Raises ImageDamaged.
 
@@ -65,10 +70,18 @@ class Image:
             pass
 
     @contextmanager
-    def verifying(self, after_chunk: Callable[[int], None], *, threads: int) -> Iterator[None]:
-        """As `verify`, whose other threads read while the caller does something else; at its end this one helps."""
+    def verifying(
+        self, after_chunk: Callable[[int], None], *, threads: int, first_bytes: int | None = None
+    ) -> Iterator[None]:
+        """As `verify`, whose other threads read while the caller does something else; at its end this one helps.
+
+        first_bytes: of the body, where the caller compares the rest by itself; None: all of it.
+        """
         digest, data = DIGESTS[self.algorithm], memoryview(self.body.numpy())
-        left = iter(range(len(self.chunk_digests)))
+        chunks = len(self.chunk_digests)
+        if first_bytes is not None:
+            chunks = min(chunks, -(-first_bytes // self.chunk_bytes))
+        left = iter(range(chunks))
 
         def read() -> None:
             for number in left:  # each number goes to one thread
@@ -79,7 +92,7 @@ class Image:
                     )
                 after_chunk(len(chunk))
 
-        helpers = min(threads, len(self.chunk_digests)) - 1
+        helpers = min(threads, chunks) - 1
         if helpers < 1:
             yield
             read()

@@ -21,8 +21,8 @@ from .canary import Canary
 from .image_file import Image, ImageDamaged, open_image, write_image
 
 # Another layout of tensors or of what is kept beside them needs another number: old images are then made anew.
-_LAYOUT = 3
-_PIECES, _PIECE_ENDS = "tokenizer.pieces", "tokenizer.ends"
+_LAYOUT = 4
+_PIECES, _PIECE_ENDS, _PANEL_SUMS = "tokenizer.pieces", "tokenizer.ends", "panel_sums"
 
 
 def image_key(content: str, config: EngineConfig) -> str:
@@ -40,6 +40,7 @@ def image_key(content: str, config: EngineConfig) -> str:
 @dataclass(frozen=True, slots=True)
 class ImageParts:
     """What an image is made of. weights: the decoder's tensors. content_sum: of a GPU's, see `cuda.slots.content_sum`; else 0.
+    panel_sums: of a CPU's, see `native.decoder.NativeDecoder`; else empty.
     tokenizer_digest: SHA-256 of the tokenizer.json that `byte_table` stands for.
     """
 
@@ -47,6 +48,7 @@ class ImageParts:
     generation_config: Config
     weights: Mapping[str, torch.Tensor]
     content_sum: int
+    panel_sums: torch.Tensor
     byte_table: ByteTable
     tokenizer_digest: bytes
     canary: Canary
@@ -60,9 +62,14 @@ class ModelImage:
     spec: DecoderSpec
     weights: Mapping[str, torch.Tensor]
     content_sum: int
+    panel_sums: torch.Tensor
     tokenizer_digest: bytes
     canary: Canary
     image: Image
+
+    def unsummed_bytes(self) -> int:
+        """Of the image's body, before the weights that have sums of their own."""
+        return min(self.image.offset(name) for name in self.weights if _has_sums(name))
 
     def byte_table(self) -> ByteTable:
         tensors = self.image.tensors
@@ -87,7 +94,10 @@ def save_model_image(path: Path, key: str, parts: ImageParts) -> int:
         "tokenizer_sha256": parts.tokenizer_digest.hex(),
         "canary": {"greedy": parts.canary.greedy, "margins": parts.canary.margins},
     }
-    return write_image(path, {**parts.weights, **tokenizer}, meta)
+    # Last those that have sums of their own: whoever compares these verifies only what is before them.
+    summed = {name: tensor for name, tensor in parts.weights.items() if _has_sums(name)}
+    others = {name: tensor for name, tensor in parts.weights.items() if not _has_sums(name)}
+    return write_image(path, {**others, **tokenizer, _PANEL_SUMS: parts.panel_sums, **summed}, meta)
 
 
 def open_model_image(path: Path, key: str, max_positions: int) -> ModelImage:
@@ -103,12 +113,21 @@ def open_model_image(path: Path, key: str, max_positions: int) -> ModelImage:
     return ModelImage(
         key=key,
         spec=spec,
-        weights={name: tensor for name, tensor in image.tensors.items() if not name.startswith("tokenizer.")},
+        weights={
+            name: tensor
+            for name, tensor in image.tensors.items()
+            if not name.startswith("tokenizer.") and name != _PANEL_SUMS
+        },
         content_sum=meta["content_sum"],
+        panel_sums=image.tensors[_PANEL_SUMS],
         tokenizer_digest=bytes.fromhex(meta["tokenizer_sha256"]),
         canary=Canary(tuple(canary["greedy"]), tuple(canary["margins"])),
         image=image,
     )
+
+
+def _has_sums(name: str) -> bool:
+    return name.endswith(".packed")
 
 
 class _Pieces(Sequence[bytes]):

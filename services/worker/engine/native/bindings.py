@@ -30,6 +30,7 @@ class Linear(Structure):
         ("packed", c_void_p),
         ("scales", _FLOATS),
         ("bias", _FLOATS),
+        ("sums", c_void_p),
     ]
 
 
@@ -102,6 +103,7 @@ class Pass(Structure):
         ("mixed", _FLOATS),
         ("row_scratch", _FLOATS),
         ("row_floats", c_int64),
+        ("damaged", POINTER(c_int32)),
     ]
 
 
@@ -111,6 +113,8 @@ def declare(library: ctypes.CDLL) -> None:
     library.rh_forward.restype = None
     library.rh_logits.argtypes = (POINTER(Decoder), POINTER(Pass), c_void_p)
     library.rh_logits.restype = None
+    library.rh_panel_sums.argtypes = (POINTER(Linear), c_void_p)
+    library.rh_panel_sums.restype = None
     library.rh_struct_bytes.argtypes = (c_int32,)
     library.rh_struct_bytes.restype = c_int64
     for number, struct in enumerate((Norm, Linear, Lora, Adapter, Layer, Decoder, Rows, Pass)):

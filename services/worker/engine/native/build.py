@@ -126,7 +126,10 @@ def _library_path(build: Build) -> Path:
     digest = hashlib.sha256(" ".join((*_FLAGS, *build.flags)).encode())
     for path in (*_sources(), *sorted(_HERE.glob("*.h"))):
         digest.update(path.read_bytes())
-    return _BUILD / f"kernels-{build.name.lower().replace('-', '').replace(' ', '-')}-{digest.hexdigest()[:16]}.so"
+    return (
+        _BUILD
+        / f"kernels-{build.name.lower().replace('-', '').replace(' ', '-')}-{digest.hexdigest()[:16]}.so"
+    )
 
 
 def _compile(compiler: str, build: Build, path: Path) -> None:

@@ -79,12 +79,24 @@ static void add_adapters(hand *h, const rh_linear *linear, int layer, int produc
     rh_barrier(h->team);
 }
 
+/* Panel after panel, each checked while it is in the cache. */
+static void multiply_and_check(hand *h, const rh_linear *linear, int first, int last, const float *residual, float *y) {
+    for (int panel = first; panel < last; panel++) {
+        rh_multiply_panels(linear, &h->pass->input, h->pass->rows, panel, panel + 1, residual, linear->outputs, y);
+        if (rh_panel_sum(linear, panel) != linear->sums[panel]) __atomic_store_n(h->pass->damaged, 1, __ATOMIC_RELAXED);
+    }
+}
+
 static void multiply(hand *h, const rh_linear *linear, int layer, int product, const float *residual, float *y) {
     const int panels = (linear->outputs + RH_PANEL - 1) / RH_PANEL;
     const int pieces = h->pass->threads * 4;
     const int size = panels < pieces ? 1 : panels / pieces;
-    for (int first, last; rh_next(h->team, &h->round, panels, size, &first, &last);)
-        rh_multiply_panels(linear, &h->pass->input, h->pass->rows, first, last, residual, linear->outputs, y);
+    for (int first, last; rh_next(h->team, &h->round, panels, size, &first, &last);) {
+        if (linear->sums)
+            multiply_and_check(h, linear, first, last, residual, y);
+        else
+            rh_multiply_panels(linear, &h->pass->input, h->pass->rows, first, last, residual, linear->outputs, y);
+    }
     rh_barrier(h->team);
     if (h->pass->adapters && product >= 0) add_adapters(h, linear, layer, product, y);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from time import perf_counter
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from ..api import ModelRefusal
-from ..decoder import kv_dtype
+from ..decoder import WeightsDamaged, kv_dtype
 from ..decoder_weights import DecoderWeights
 from ..kv_cache import BLOCK_TOKENS, KVPool
 from ..lora import LoraAdapter
@@ -27,7 +28,7 @@ from .adapter import NativeAdapter, adapter_addresses
 from .bindings import Kind, address
 from .build import load_library
 from .packed_weights import Tensors, pack_weights, product_shapes, rows_of
-from .panels import GROUP, padded
+from .panels import GROUP, PANEL, padded
 
 _KINDS = {"fp32": Kind.FP32, "bf16": Kind.BF16, "int8": Kind.INT8}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
@@ -54,8 +55,18 @@ def refusal_reason(spec: DecoderSpec, precision: str, block_tokens: int) -> str 
 
 
 class NativeDecoder:
-    def __init__(self, spec: DecoderSpec, weights: Tensors, precision: str, threads: int) -> None:
-        """weights: as `pack_weights` names them, kept and never written to. `refusal_reason` must have been None."""
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Tensors,
+        precision: str,
+        threads: int,
+        sums: torch.Tensor | None = None,
+    ) -> None:
+        """weights: as `pack_weights` names them, kept and never written to. `refusal_reason` must have been None.
+
+        sums: of the weights' panels, as `panel_sums` gives them: the first pass compares them, and raises WeightsDamaged.
+        """
         loaded = load_library()
         assert loaded.library is not None, "the caller asks refusal_reason first"
         self._library = loaded.library
@@ -73,8 +84,11 @@ class NativeDecoder:
         self._angles = angle_tables(spec.rope, spec.max_positions) if spec.rope is not None else (None, None)
         self._slopes = torch.tensor(alibi_slopes(spec.heads)) if spec.position == "alibi" else None
         self._shapes = product_shapes(spec)
+        self._sums, self._next_sum = sums, 0
+        self._damaged = ctypes.c_int32(0)
         self._layers = (bindings.Layer * spec.layers)(*map(self._layer, range(spec.layers)))
         self._struct = self._decoder_struct()
+        self._unchecked_layers = self._unchecked_head = sums is not None
         self._scratch = _Scratch(spec, _row_dtype(self._kind, loaded.build.rounds_rows), threads)
 
     @classmethod
@@ -101,7 +115,9 @@ class NativeDecoder:
         positions, starts, tables = _addressing(batch)
         hidden = self._embed(tokens, positions)
         adapters = adapter_addresses(batch)
-        call = scratch.struct(len(batch.tokens), self._threads, hidden, has_adapters=adapters is not None)
+        call = scratch.struct(
+            len(batch.tokens), self._threads, hidden, self._damaged, has_adapters=adapters is not None
+        )
         call.adapters = None if adapters is None else adapters.ctypes.data
         call.positions, call.table_starts, call.tables = (
             positions.ctypes.data,
@@ -111,6 +127,8 @@ class NativeDecoder:
         call.pool, call.pool_blocks = address(pool.storage), pool.blocks
         begin_s = perf_counter()
         self._library.rh_forward(ctypes.byref(self._struct), ctypes.byref(call))
+        if self._unchecked_layers:
+            self._believe_layers()
         if self.tuner is not None:
             self.tuner.took(len(batch.tokens), perf_counter() - begin_s)
         return hidden
@@ -128,16 +146,64 @@ class NativeDecoder:
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self.spec.vocab_size)
         self._scratch.ensure(len(hidden), 1)
-        call = self._scratch.struct(len(hidden), self._threads, hidden)
+        call = self._scratch.struct(len(hidden), self._threads, hidden, self._damaged)
         self._library.rh_logits(ctypes.byref(self._struct), ctypes.byref(call), logits.data_ptr())
+        if self._unchecked_head:
+            self._believe_head()
         return logits
 
     def final_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `decoder.Decoder`."""
+        if self._unchecked_head and self._embedding is None:
+            self._check_head()  # the prompt's embeddings were read from it
         spec, (weight, bias) = self.spec, self._final_norm
         if spec.norm == "rms":
             return functional.rms_norm(hidden, (spec.hidden_size,), weight, spec.norm_eps)
         return functional.layer_norm(hidden, (spec.hidden_size,), weight, bias, spec.norm_eps)
+
+    def panel_sums(self) -> torch.Tensor:
+        """(panels,) int64: of each layer's qkv, attention output, MLP in and MLP out, and of the head."""
+        sums = torch.empty(self._panels(), dtype=torch.int64)
+        at = sums.data_ptr()
+        for linear in self._products():
+            self._library.rh_panel_sums(ctypes.byref(linear), at)
+            at += _panels_of(linear.outputs) * sums.itemsize
+        return sums
+
+    def _products(self) -> Iterator[bindings.Linear]:
+        for layer in self._layers:
+            yield from (layer.qkv, layer.attention_output, layer.mlp_in, layer.mlp_out)
+        yield self._struct.head
+
+    def _panels(self) -> int:
+        each = {name: _panels_of(outputs) for name, (outputs, _) in self._shapes.items()}
+        return (sum(each.values()) - each["head"]) * self.spec.layers + each["head"]
+
+    def _believe_layers(self) -> None:
+        """All of them were compared. Raises WeightsDamaged, again for each further pass."""
+        self._raise_if_damaged()
+        for layer in self._layers:
+            for linear in (layer.qkv, layer.attention_output, layer.mlp_in, layer.mlp_out):
+                linear.sums = None
+        self._unchecked_layers = False
+
+    def _believe_head(self) -> None:
+        self._raise_if_damaged()
+        self._struct.head.sums = None
+        self._unchecked_head = False
+
+    def _check_head(self) -> None:
+        head = self._struct.head
+        found = torch.empty(_panels_of(head.outputs), dtype=torch.int64)
+        self._library.rh_panel_sums(ctypes.byref(head), found.data_ptr())
+        assert self._sums is not None
+        if not torch.equal(found, self._sums[-len(found) :]):
+            self._damaged.value = 1
+        self._believe_head()
+
+    def _raise_if_damaged(self) -> None:
+        if self._damaged.value:
+            raise WeightsDamaged("its weights differ from what was written")
 
     def _embed(self, tokens: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
         if self._embedding is None:
@@ -195,6 +261,10 @@ class NativeDecoder:
 
     def _product(self, prefix: str, product: str) -> bindings.Linear:
         (outputs, inputs), name = self._shapes[product], prefix + product
+        sums = None
+        if self._sums is not None:
+            sums = self._sums.data_ptr() + self._next_sum * self._sums.itemsize
+            self._next_sum += _panels_of(outputs)
         return bindings.Linear(
             kind=self._kind,
             outputs=outputs,
@@ -203,6 +273,7 @@ class NativeDecoder:
             packed=address(self.weights[f"{name}.packed"]),
             scales=address(self.weights.get(f"{name}.scales")),
             bias=address(self.weights.get(f"{name}.bias")),
+            sums=sums,
         )
 
     def _norm(self, name: str) -> bindings.Norm:
@@ -221,6 +292,10 @@ def angle_tables(rope: RopeSpec, positions: int) -> tuple[torch.Tensor, torch.Te
     frequencies = torch.tensor(rotary_frequencies(rope), dtype=torch.float32)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
+
+
+def _panels_of(outputs: int) -> int:
+    return padded(outputs, PANEL) // PANEL
 
 
 def _row_dtype(kind: Kind, rounds_rows: bool) -> torch.dtype:
@@ -270,7 +345,12 @@ class _Scratch:
             self._tokens = grown
 
     def struct(
-        self, rows: int, threads: int, hidden: torch.Tensor, has_adapters: bool = False
+        self,
+        rows: int,
+        threads: int,
+        hidden: torch.Tensor,
+        damaged: ctypes.c_int32,
+        has_adapters: bool = False,
     ) -> bindings.Pass:
         is_rounded = self._row_dtype != torch.float32
         plain = self._plain_rows(rows) if has_adapters and is_rounded else None
@@ -286,6 +366,7 @@ class _Scratch:
             mixed=address(self._mixed),
             row_scratch=address(self._row_scratch),
             row_floats=self._row_scratch.shape[1],
+            damaged=ctypes.pointer(damaged),
         )
 
     def _plain_rows(self, rows: int) -> torch.Tensor:

@@ -32,7 +32,8 @@ typedef struct {
 
 /* A product's weights in panels of RH_PANEL outputs. `inputs` is padded to a multiple of RH_GROUP, `outputs` is not.
  * packed: fp32 [panel][input][32]; bf16 [panel][input / 2][32][2]; int8 [panel][input / 4][32][4], stored plus 128.
- * scales: int8 only, bf16 [panel][group][32]. bias: may be NULL. */
+ * scales: int8 only, bf16 [panel][group][32]. bias: may be NULL. sums: of each panel (checks.c), to be compared when it is read;
+ * NULL where that was done. */
 typedef struct {
     int32_t kind;
     int32_t outputs;
@@ -41,6 +42,7 @@ typedef struct {
     const void *packed;
     const uint16_t *scales;
     const float *bias;
+    const uint64_t *sums;
 } rh_linear;
 
 /* Low-rank addition to one product: y += up (down x). down: (rank, inputs), up: (outputs, rank), scale folded in. */
@@ -108,7 +110,8 @@ typedef struct {
  * its position. adapters: per row, NULL or an adapter; the array itself is NULL when no row has one.
  * pool: (layers, 2, blocks, kv_heads, 16, head_dim) in kv_kind, inside a block laid out as attention.c says.
  * hidden: (rows, hidden_size), in and out. The rest is scratch: between (rows, hidden_size), wide (rows, widest product),
- * mixed (rows, heads x head_dim), and row_scratch (threads, row_floats): one row, or one row's scores of four heads. */
+ * mixed (rows, heads x head_dim), and row_scratch (threads, row_floats): one row, or one row's scores of four heads.
+ * damaged: becomes 1 where a panel's sum is not what it should be; what the pass has made is then worth nothing. */
 typedef struct {
     int32_t rows;
     int32_t threads;
@@ -125,11 +128,15 @@ typedef struct {
     float *mixed;
     float *row_scratch;
     int64_t row_floats;
+    int32_t *damaged;
 } rh_pass;
 
 /* linear.c */
 void rh_multiply_panels(const rh_linear *linear, const rh_rows *x, int rows, int first_panel, int last_panel,
                         const float *residual, int y_stride, float *y);
+/* checks.c */
+uint64_t rh_panel_sum(const rh_linear *linear, int panel);
+void rh_panel_sums(const rh_linear *linear, uint64_t *sums);
 /* rows.c */
 void rh_norm_row(const rh_decoder *decoder, const rh_norm *norm, const float *x, float *y);
 void rh_head_norm(float *head, const float *weight, int head_dim, float eps);

@@ -72,6 +72,12 @@ RH_INLINE void v_unzip(const float *at, rh_vec *even, rh_vec *odd) {
 
 RH_INLINE rh_ints i_zero(void) { return _mm512_setzero_si512(); }
 RH_INLINE rh_ints i_set(int32_t x) { return _mm512_set1_epi32(x); }
+RH_INLINE rh_ints i_load(const void *at) { return _mm512_loadu_si512(at); }
+RH_INLINE void i_store(void *at, rh_ints x) { _mm512_storeu_si512(at, x); }
+RH_INLINE rh_ints i_xor(rh_ints a, rh_ints b) { return _mm512_xor_si512(a, b); }
+/* The lower 32 bits of the products. */
+RH_INLINE rh_ints i_mul(rh_ints a, rh_ints b) { return _mm512_mullo_epi32(a, b); }
+RH_INLINE rh_ints i_rotate_13(rh_ints x) { return _mm512_rol_epi32(x, 13); }
 RH_INLINE rh_ints i_add(rh_ints a, rh_ints b) { return _mm512_add_epi32(a, b); }
 RH_INLINE rh_ints i_max(rh_ints a, rh_ints b) { return _mm512_max_epi32(a, b); }
 RH_INLINE int32_t i_sum(rh_ints x) { return _mm512_reduce_add_epi32(x); }
@@ -191,6 +197,14 @@ RH_INLINE void v_unzip(const float *at, rh_vec *even, rh_vec *odd) {
 
 RH_INLINE rh_ints i_zero(void) { return (rh_ints){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 RH_INLINE rh_ints i_set(int32_t x) { return (rh_ints){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+RH_INLINE void i_store(void *at, rh_ints x) {
+    _mm256_storeu_si256((__m256i *)at, x.low);
+    _mm256_storeu_si256((__m256i *)at + 1, x.high);
+}
+RH_INLINE rh_ints i_xor(rh_ints a, rh_ints b) { return RH_BOTH_INTS(_mm256_xor_si256, a, b); }
+RH_INLINE rh_ints i_mul(rh_ints a, rh_ints b) { return RH_BOTH_INTS(_mm256_mullo_epi32, a, b); }
+RH_INLINE __m256i rotate_13(__m256i x) { return _mm256_or_si256(_mm256_slli_epi32(x, 13), _mm256_srli_epi32(x, 19)); }
+RH_INLINE rh_ints i_rotate_13(rh_ints x) { return (rh_ints){rotate_13(x.low), rotate_13(x.high)}; }
 RH_INLINE rh_ints i_add(rh_ints a, rh_ints b) { return RH_BOTH_INTS(_mm256_add_epi32, a, b); }
 RH_INLINE rh_ints i_max(rh_ints a, rh_ints b) { return RH_BOTH_INTS(_mm256_max_epi32, a, b); }
 #define RH_FOLD_INTS(add_8, add_4, x)                                                          \

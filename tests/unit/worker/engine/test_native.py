@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from services.worker.engine import EngineConfig, ModelRefusal
+from services.worker.engine.decoder import WeightsDamaged
 from services.worker.engine.decoder_choice import describe_kernels, make_decoder
 from services.worker.engine.decoder_weights import LayerWeights, LinearWeights, NormWeights
 from services.worker.engine.kv_cache import KVPool
@@ -383,6 +385,113 @@ def test_what_the_kernels_cannot_do_is_refused_by_name_and_served_by_torch(
     if spec.layers < 10:
         decoder = make_decoder(spec, RandomWeights(spec), EngineConfig(kernels="auto", **config), CPU)
         assert isinstance(decoder, TorchDecoder)
+
+
+# ---- checksums of panels
+
+
+def plain_sum(panel: bytes) -> int:
+    """`checks.c`, number by number."""
+    columns = [column // 16 + 1 for column in range(128)]
+    for at, (word,) in enumerate(struct.iter_unpack("<I", panel)):
+        mixed = columns[at % 128] ^ word
+        columns[at % 128] = ((mixed << 13 | mixed >> 19) & 0xFFFFFFFF) * 0x9E3779B1 & 0xFFFFFFFF
+    total = len(panel)
+    for word in columns:
+        total = (total ^ word) * 0x9E3779B185EBCA87 & 0xFFFFFFFFFFFFFFFF
+    return total
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_sums_of_panels_are_what_is_written_of_them(precision: str) -> None:
+    decoder = native(make_spec(), precision)
+    sums = [number & 0xFFFFFFFFFFFFFFFF for number in decoder.panel_sums().tolist()]
+    expected = [
+        plain_sum(bytes(panel.contiguous().view(-1).view(torch.uint8).numpy()))
+        for name in PRODUCTS
+        for panel in decoder.weights[f"{name}.packed"]
+    ]
+    assert sums == expected
+
+
+PRODUCTS = [
+    *(
+        f"layers.{layer}.{product}"
+        for layer in (0, 1)
+        for product in ("qkv", "attention_output", "mlp_in", "mlp_out")
+    ),
+    "head",
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_first_pass_compares_sums_and_says_what_others_say(precision: str, threads: int) -> None:
+    plain = native(make_spec(), precision, threads)
+    checked = NativeDecoder(plain.spec, plain.weights, precision, threads, plain.panel_sums())
+    for _ in range(2):
+        pools = [make_pool(plain.spec, precision) for _ in range(2)]
+        rows = [
+            forward(decoder, TOKENS[:20], Span(BLOCKS, 0, 20), pool=pool)
+            for decoder, pool in zip((plain, checked), pools, strict=True)
+        ]
+        assert torch.equal(*rows) and torch.equal(*(d.logits(rows[0]) for d in (plain, checked)))
+    # It is compared once: later passes take panels in larger pieces.
+    assert all(linear.sums is None for linear in checked._products())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_changed_bit_of_any_product_is_found_before_anything_is_said(name: str, at: int) -> None:
+    plain = native(make_spec(), "bf16", 2)
+    weights = {**plain.weights, f"{name}.packed": plain.weights[f"{name}.packed"].clone()}
+    weights[f"{name}.packed"].view(-1).view(torch.uint8)[at] ^= 64
+    damaged = NativeDecoder(plain.spec, weights, "bf16", 2, plain.panel_sums())
+    for _ in range(2):  # again and again
+        with pytest.raises(WeightsDamaged):
+            hidden = forward(damaged, TOKENS[:3], Span(BLOCKS, 0, 3), pool=make_pool(plain.spec, "bf16"))
+            assert name == "head"
+            damaged.logits(hidden)
+
+
+@needs_kernels
+def test_an_embedding_that_is_read_from_the_head_is_compared_where_no_token_is_drawn() -> None:
+    spec = make_spec(tied_embeddings=True, head_bias=False)
+    drawn = RandomWeights(spec)
+    drawn.embedding = drawn.embedding.bfloat16()
+    drawn.head = LinearWeights(drawn.embedding, None)
+    plain = NativeDecoder.pack(spec, drawn, "bf16", 1)
+    assert "embedding" not in plain.weights
+    sums, span = plain.panel_sums(), Span(BLOCKS, 0, 3)
+    sound = NativeDecoder(spec, plain.weights, "bf16", 1, sums)
+    hidden = forward(sound, TOKENS[:3], span, pool=make_pool(spec, "bf16"))
+    assert torch.equal(sound.final_hidden(hidden), plain.final_hidden(hidden))
+    weights = {**plain.weights, "head.packed": plain.weights["head.packed"].clone()}
+    weights["head.packed"].view(-1).view(torch.uint8)[5] ^= 1
+    damaged = NativeDecoder(spec, weights, "bf16", 1, sums)
+    hidden = forward(damaged, TOKENS[:3], span, pool=make_pool(spec, "bf16"))
+    with pytest.raises(WeightsDamaged):
+        damaged.final_hidden(hidden)
+
+
+def test_an_older_compiler_leaves_the_newest_instructions_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_cpu_flags", lambda: build.AVX512_BF16.cpu_flags | build.AVX2.cpu_flags)
+
+    def load_build(kind: build.Build) -> build.NativeLibrary:
+        fails = kind is build.AVX512_BF16
+        return build.NativeLibrary(
+            None if fails else ctypes.CDLL(None), "unknown flag" if fails else "", kind
+        )
+
+    monkeypatch.setattr(build, "load_build", load_build)
+    build.load_library.cache_clear()
+    try:
+        assert build.load_library().build is build.AVX512
+    finally:
+        build.load_library.cache_clear()
 
 
 def test_a_machine_without_compiler_or_instructions_says_so(
