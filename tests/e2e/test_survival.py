@@ -145,7 +145,7 @@ def test_a_resource_that_is_turned_off_refuses_and_comes_back(system: System) ->
     system.team.post(f"{path}/off")
     wait_for("off", lambda: system.team.get(path)["state"] == "off")
     assert system.team.get(path)["indicator"] == "grey"
-    time.sleep(1.0)
+    time.sleep(3.0)
     with pytest.raises(openai.ConflictError) as refused:
         client.completions.create(model=system.model, prompt="x")
     assert refused.value.code == "resource_off"

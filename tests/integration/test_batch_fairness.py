@@ -71,14 +71,15 @@ def sent_order(stack: Stack, *batches: Batch) -> list[tuple[int, str, str]]:
     return [(row[0], row[1], row[2]) for row in rows]
 
 
+@pytest.mark.timeout(300)
 def test_two_teams_share_a_pool_by_tokens_whoever_came_first_and_however_long_the_lines_are(
     stack: Stack,
 ) -> None:
     long, short = (client_of(stack, team) for team in TEAMS)
-    # 6,400 tokens of answers each; the first has all of the pool before the second comes.
-    first = submit(long, lines(stack, f"long/{BASE_NAME}", 80, 80))
+    # 14,400 tokens and 8,000: the first has all of the pool before the second comes, and is not over by then.
+    first = submit(long, lines(stack, f"long/{BASE_NAME}", 160, 80))
     wait_until(lambda: tokens_done(stack, first) > 0)
-    second = submit(short, lines(stack, f"short/{BASE_NAME}", 640, 10))
+    second = submit(short, lines(stack, f"short/{BASE_NAME}", 400, 10))
     wait_until(lambda: tokens_done(stack, second) > 0)
     since = [tokens_done(stack, batch) for batch in (first, second)]
     wait_until(lambda: tokens_done(stack, second) > since[1] + 5000)
@@ -87,7 +88,7 @@ def test_two_teams_share_a_pool_by_tokens_whoever_came_first_and_however_long_th
     # What is out, and a quantum, may be ahead of the other: 8 lines of 90 tokens, and 1,024.
     assert abs(done[0] - done[1]) < 2000, done
     for client, batch in ((long, first), (short, second)):
-        counts = wait_for(client, batch, limit_s=90).request_counts
+        counts = wait_for(client, batch, limit_s=120).request_counts
         assert counts is not None and counts.completed == counts.total
 
 

@@ -286,7 +286,7 @@ def test_what_cannot_be_is_said_and_nothing_is_made(stack: Stack, client: OpenAI
     admin = stack._environment["ROUNDHOUSE_ADMIN_KEY"]
     status, _ = call_put(stack, "/api/billing/account/terms?team=load", admin, {"pays": "prepaid"})
     assert status == 200
-    time.sleep(1)
+    time.sleep(3)
     with pytest.raises(openai.APIStatusError) as refused:
         create(client, line)
     assert (refused.value.status_code, refused.value.code) == (402, "insufficient_credit")

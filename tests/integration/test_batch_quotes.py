@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -195,7 +196,8 @@ def test_another_team_s_quote_and_file_do_not_exist(stack: Stack, client: OpenAI
 
 
 def test_a_quote_is_counted_when_the_service_was_killed_meanwhile(stack: Stack, client: OpenAI) -> None:
-    file_id = upload(client, chat_lines(stack, 3000, 8))
+    count = 20_000  # it takes seconds, so that the service is killed in the middle
+    file_id = upload(client, chat_lines(stack, count, 8))
     body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "1h"}
     asking = subprocess.Popen(
         [sys.executable, "-c", _ASK, stack.base_url, stack.api_key, json.dumps(body)], stdout=subprocess.PIPE
@@ -207,13 +209,14 @@ def test_a_quote_is_counted_when_the_service_was_killed_meanwhile(stack: Stack, 
     process.wait()
     assert query(stack, "SELECT 1 FROM batch.quotes WHERE state = 'counting'")
     stack.start_service("batch")
-    output, _ = asking.communicate(timeout=60)
-    quote_id = json.loads(output)["quote_id"]
-    for _ in range(300):
-        _, made = call(stack, f"/api/batches/quotes/{quote_id}", stack.api_key)
-        if made["status"] == "ready":
-            break
-    assert made["quote"]["counted"]["lines"] == 3000
+    output, _ = asking.communicate(timeout=90)
+    made = json.loads(output)
+    deadline_s = time.monotonic() + 60
+    while made["status"] == "counting":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+        _, made = call(stack, f"/api/batches/quotes/{made['quote_id']}", stack.api_key)
+    assert made["quote"]["counted"]["lines"] == count
 
 
 _ASK = """
@@ -221,7 +224,7 @@ import sys, urllib.request
 request = urllib.request.Request(sys.argv[1] + "/api/batches/quote", data=sys.argv[3].encode())
 request.add_header("Authorization", "Bearer " + sys.argv[2])
 request.add_header("Content-Type", "application/json")
-print(urllib.request.urlopen(request, timeout=60).read().decode())
+print(urllib.request.urlopen(request, timeout=90).read().decode())
 """
 
 

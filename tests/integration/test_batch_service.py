@@ -13,7 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +307,13 @@ def stored(stack: Stack) -> set[Path]:
     return {path for path in (stack._folder / "files").rglob("*") if path.is_file()}
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_an_upload_that_is_cut_off_leaves_nothing(stack: Stack, client: OpenAI) -> None:
     before, names = stored(stack), {file.id for file in client.files.list()}
     address = urllib.parse.urlsplit(stack.base_url)
@@ -315,9 +322,10 @@ def test_an_upload_that_is_cut_off_leaves_nothing(stack: Stack, client: OpenAI) 
             b"POST /v1/files HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer " + stack.api_key.encode()
             + b"\r\nContent-Type: multipart/form-data; boundary=B\r\nContent-Length: 9000000\r\n\r\n"
             b'--B\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-            b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 300_000
+            b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 8_900_000
         )  # fmt: skip
-        time.sleep(0.3)
+        wait_until(lambda: stored(stack) != before)
+    wait_until(lambda: stored(stack) == before)
     time.sleep(0.5)
     assert stored(stack) == before and {file.id for file in client.files.list()} == names
 
@@ -343,7 +351,7 @@ def test_an_upload_that_says_it_is_too_large_is_refused_before_it_is_read(stack:
 
 
 def test_a_file_that_a_batch_reads_is_not_deleted(stack: Stack, client: OpenAI) -> None:
-    batch = submit(client, chat_lines(stack, 50, 100))
+    batch = submit(client, chat_lines(stack, 50, 1000))
     with pytest.raises(openai.ConflictError) as refused:
         client.files.delete(batch.input_file_id)
     assert refused.value.code == "file_in_use"
@@ -378,7 +386,7 @@ def check_nothing_else_is_owed(stack: Stack) -> None:
 
 
 def test_a_cancelled_batch_keeps_what_is_done(stack: Stack, client: OpenAI) -> None:
-    batch = wait_for_lines(client, submit(client, chat_lines(stack, 300, 40)), 40)
+    batch = wait_for_lines(client, submit(client, chat_lines(stack, 300, 100)), 40)
     partial = client.get(f"/batches/{batch.id}/results", cast_to=str, options={"headers": {"Accept": "*/*"}})
     assert len(partial.splitlines()) >= 40
     batch = client.batches.cancel(batch.id)
@@ -390,7 +398,7 @@ def test_a_cancelled_batch_keeps_what_is_done(stack: Stack, client: OpenAI) -> N
 
 
 def test_an_expired_batch_keeps_what_is_done(stack: Stack, client: OpenAI) -> None:
-    batch = wait_for_lines(client, submit(client, chat_lines(stack, 300, 40)), 40)
+    batch = wait_for_lines(client, submit(client, chat_lines(stack, 300, 100)), 40)
     execute(stack.database_url, f"UPDATE batch.batches SET expires_at = now() WHERE batch_id = '{batch.id}'")
     batch = wait_for(client, batch)
     assert batch.status == "expired" and batch.expired_at
@@ -408,7 +416,7 @@ def test_lines_of_a_model_that_was_deleted_fail_at_once(stack: Stack, client: Op
     model = post(
         f"{stack.base_url}/api/models", stack.api_key, {"name": "short-lived", "path": BASE_NAME}
     )  # fmt: skip
-    lines = chat_lines(stack, 400, 40).replace(stack.model, model["name"])
+    lines = chat_lines(stack, 800, 40).replace(stack.model, model["name"])
     batch = wait_for_lines(client, submit(client, lines), 20)
     request = urllib.request.Request(f"{stack.base_url}/api/models/{model['model_id']}", method="DELETE")
     request.add_header("Authorization", f"Bearer {stack.api_key}")
@@ -417,7 +425,7 @@ def test_lines_of_a_model_that_was_deleted_fail_at_once(stack: Stack, client: Op
     batch = wait_for(client, batch)
     assert batch.status == "completed" and batch.request_counts is not None
     counts = batch.request_counts
-    assert counts.failed > 0 and counts.completed + counts.failed == 400
+    assert counts.failed > 0 and counts.completed + counts.failed == 800
     failed = results(client, batch.error_file_id)
     assert len(failed) == counts.failed == len({line["id"] for line in failed})
     assert {line["response"]["status_code"] for line in failed} == {404}
