@@ -70,7 +70,8 @@ class Fleet:
             "ROUNDHOUSE_WORKER_COMMAND": json.dumps(self.worker_command),
             "ROUNDHOUSE_LEASE_S": "2",
             "ROUNDHOUSE_SCHEDULER_TICK_S": "0.3",
-            "ROUNDHOUSE_LOST_AFTER_S": "3",
+            # Longer than a busy machine stalls a worker, whose live time would then be in two parts
+            "ROUNDHOUSE_LOST_AFTER_S": "10",
         }
 
     async def listen(self) -> None:
@@ -215,7 +216,7 @@ class Fleet:
         )
 
     async def until(
-        self, condition: Callable[[], Coroutine[Any, Any, bool]], what: str, timeout_s: float = 20
+        self, condition: Callable[[], Coroutine[Any, Any, bool]], what: str, timeout_s: float = 40
     ) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not await condition():

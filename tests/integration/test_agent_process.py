@@ -55,7 +55,7 @@ class Node:
         self.latest = None
 
     async def start_worker(self, incarnation: str, place: int = 0, *, epoch: int = 1) -> None:
-        deadline_unix_ms = time.time_ns() // 1_000_000 + 10_000
+        deadline_unix_ms = time.time_ns() // 1_000_000 + 60_000
         spec = make_spec(incarnation, place)
         await self.fleet.broker.publish(
             topology.node_commands(self.fleet.node_id),
@@ -79,7 +79,7 @@ class Node:
             process = self.process(incarnation)
             return process is not None and process.state == state and reason in process.reason
 
-        await self.fleet.until(is_so, f"{incarnation} is {state} {reason}: {self.latest}", 10)
+        await self.fleet.until(is_so, f"{incarnation} is {state} {reason}: {self.latest}", 40)
         process = self.process(incarnation)
         assert process is not None
         return process
@@ -199,8 +199,8 @@ async def test_a_worker_that_does_not_leave_in_time_is_killed_and_its_seat_not_g
     await node.until("inc_1", "running")
     (node.fleet.behaviour / "busy").touch()
     await node.fleet.until(node.fleet.has_ready_worker, "the worker is up")
-    await node.stop_worker("inc_1", grace_s=1.0)
-    # The same seat again, while the old worker still finishes its work
+    await node.stop_worker("inc_1", grace_s=5.0)
+    # The same seat again, while the old worker still finishes its work: this has to be read within the grace
     await node.start_worker("inc_2")
     await node.until("inc_2", "exited", "inc_1 still runs for place 0")
     process = await node.until("inc_1", "exited", "did not leave in the time it had")
@@ -225,7 +225,7 @@ async def test_an_agent_that_is_asked_to_stop_ends_its_workers_unless_it_is_to_k
     await node.until("inc_1", "running")
     await node.fleet.until(node.fleet.has_ready_worker, "the worker is up")
     agent.send_signal(signal.SIGTERM)
-    assert agent.wait(10) == 0
+    assert agent.wait(40) == 0
     assert list(node.fleet.workers()) == (["inc_1"] if keep else [])
     if not keep:
         assert (await node.until("inc_1", "exited")).exit_code == 0
@@ -235,7 +235,7 @@ async def test_a_second_agent_of_the_node_does_not_start(node: Node) -> None:
     node.fleet.start_agent()
     await node.until_handled()
     second = node.fleet.start_agent()
-    assert second.wait(15) == 1
+    assert second.wait(40) == 1
     log = (node.fleet.folder / "agent-1.log").read_text()
     assert "one agent per node" in log
 

@@ -23,7 +23,7 @@ from loadtest import replay
 from services.gateway.owner import Finished, Owner
 from shared import topology
 from shared.broker import Broker
-from shared.messages import DeleteResource, JobVoided, SetScaling
+from shared.messages import DeleteResource, FleetEvent, JobVoided, SetScaling, WorkerReport
 from tests.conftest import Vhost
 from tests.integration.fleet import Fleet, running_fleet
 from tests.integration.test_job_path import read, whole_text
@@ -139,10 +139,14 @@ async def test_what_waits_at_a_busy_worker_goes_to_one_that_has_nothing_to_do(st
     reading = [asyncio.create_task(read(stream)) for stream in streams]
 
     async def is_held() -> bool:
-        return await stand.waiting(resource_id) == 0
+        return await stand.waiting(resource_id) == 0 and begun() >= BATCH
+
+    def begun() -> int:
+        return sum(bool(stream.owned.attempt) for stream in streams)
 
     await fleet.until(is_held, "the worker holds all jobs", 20)
-    assert sum(bool(stream.owned.attempt) for stream in streams) == BATCH
+    await asyncio.sleep(0.5)
+    assert begun() == BATCH
     await stand.scale(resource_id, 2, 2)
 
     async def all_begun() -> bool:
@@ -280,8 +284,17 @@ async def test_a_draining_worker_that_is_killed_counts_what_it_cut(stand: Stand,
         return await metric(free_port, "roundhouse_scheduler_places", *ready) == 1
 
     await fleet.until(is_counted, "the next look counts it")
+    heard: list[FleetEvent] = []
+    await stand.broker.subscribe(
+        topology.scheduler_events("test"), FleetEvent, lambda d: heard.append(d.message), prefetch=100, no_ack=True
+    )  # fmt: skip
     asking = asyncio.create_task(stand.ask(resource_id, 1800))
-    await asyncio.sleep(2.5)  # begun, and reported
+
+    async def is_reported() -> bool:
+        return any(isinstance(event, WorkerReport) and event.running_jobs == 1 for event in heard)
+
+    await fleet.until(is_reported, "it has begun, and the scheduler was told")
+    await asyncio.sleep(0.5)
     await fleet.turn_off(resource_id)
 
     async def drains() -> bool:

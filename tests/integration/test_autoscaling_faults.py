@@ -61,6 +61,7 @@ async def test_the_broker_restarts_in_the_middle_of_a_burst_and_nothing_is_lost_
 ) -> None:
     """Nought to three workers and back; the broker is killed while they work, and comes back by itself."""
     fleet = stand.fleet
+    fleet.environment["ROUNDHOUSE_LOST_AFTER_S"] = "3"  # shorter than the silence
     fleet.start_scheduler(OPS_PORT=str(free_port))
     fleet.start_agent()
     resource_id = await stand.resource()
@@ -110,7 +111,7 @@ async def test_a_stream_of_two_minutes_without_a_completion_keeps_its_worker(
     """Idle time-out and windows are seconds; nothing ends, nothing comes, and one stream runs."""
     async with running_stand(tmp_path, vhost.amqp_url, module_database) as stand:
         fleet = stand.fleet
-        fleet.environment["STUB_STEP_S"] = "0.07"
+        fleet.environment |= {"STUB_STEP_S": "0.07", "ROUNDHOUSE_LOST_AFTER_S": "30"}
         fleet.start_scheduler()
         fleet.start_agent()
         resource_id = await stand.resource()

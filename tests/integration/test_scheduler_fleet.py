@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from shared import topology
@@ -16,6 +17,9 @@ from shared.messages import DeleteResource, TurnOffResource, TurnOnResource
 from shared.outcomes import Unroutable
 from tests.conftest import Vhost
 from tests.integration.fleet import Fleet, running_fleet
+from tests.integration.test_autoscaling import free_port
+
+__all__ = ["free_port"]  # a fixture
 
 
 @pytest.fixture
@@ -29,6 +33,21 @@ async def live_resource(fleet: Fleet, count: int = 1) -> str:
     await fleet.turn_on(resource_id)
     await fleet.until(lambda: fleet.is_live(resource_id, count), "the resource is live")
     return resource_id
+
+
+async def start_standby(fleet: Fleet, ops_port: int) -> None:
+    """Start a scheduler beside the leader, and wait until it has connected."""
+    fleet.start_scheduler(OPS_PORT=str(ops_port))
+
+    async def is_ready() -> bool:
+        try:
+            async with aiohttp.ClientSession() as session:
+                reply = await session.get(f"http://127.0.0.1:{ops_port}/readyz")
+                return reply.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    await fleet.until(is_ready, "the standby is ready", 60)
 
 
 async def test_a_resource_goes_live_is_proved_and_goes_off_without_leaving_a_process(fleet: Fleet) -> None:
@@ -135,11 +154,13 @@ async def test_two_schedulers_and_kills_of_everything_while_scaling_never_double
     fleet.assert_no_double()
 
 
-async def test_a_frozen_leader_is_replaced_and_refused_when_it_wakes(fleet: Fleet) -> None:
+async def test_a_frozen_leader_is_replaced_and_refused_when_it_wakes(fleet: Fleet, free_port: int) -> None:
+    # So long that a leader which stalls keeps it: it changes hands once
+    fleet.environment["ROUNDHOUSE_LEASE_S"] = "5"
     first = fleet.start_scheduler()
     fleet.start_agent()
     resource_id = await live_resource(fleet, 1)
-    fleet.start_scheduler()
+    await start_standby(fleet, free_port)
     epoch = await fleet.database.fetchval("SELECT epoch FROM scheduler.lease")
     first.send_signal(signal.SIGSTOP)
 
@@ -166,15 +187,15 @@ async def test_a_frozen_leader_is_replaced_and_refused_when_it_wakes(fleet: Flee
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_standby_works_within_ten_seconds_of_its_leaders_end_as_they_are_set_up(
-    fleet: Fleet, how: signal.Signals
+    fleet: Fleet, how: signal.Signals, free_port: int
 ) -> None:
     for name in ("ROUNDHOUSE_LEASE_S", "ROUNDHOUSE_SCHEDULER_TICK_S"):
         del fleet.environment[name]  # what everybody has
     first = fleet.start_scheduler()
     fleet.start_agent()
     resource_id = await live_resource(fleet, 1)
-    fleet.start_scheduler()
-    await asyncio.sleep(3)  # the standby has connected, and hears the reports
+    await start_standby(fleet, free_port)
+    await asyncio.sleep(3)  # it hears the reports
     first.send_signal(how)
     ended_s = time.monotonic()
     # Written as a command would: whoever runs commands, only a leader acts on what is wanted.
@@ -245,11 +266,19 @@ async def test_failing_starts_back_off_and_are_forgiven_when_it_is_turned_on_aga
     (fleet.behaviour / "fail-start").unlink()
     await fleet.turn_off(resource_id)
     await fleet.turn_on(resource_id)
-    await fleet.until(lambda: fleet.is_live(resource_id), "live at once, without the back-off of 4 s", 4)
+    await fleet.until(lambda: fleet.is_live(resource_id), "live again")
+    place = await fleet.database.fetchrow(
+        """SELECT start_attempt, extract(epoch FROM granted_at - (
+               SELECT max(decided_at) FROM scheduler.decisions WHERE action = 'turned_on'
+           )) AS waited_s FROM scheduler.places"""
+    )
+    assert place is not None and place["start_attempt"] == 1
+    assert place["waited_s"] < 4, "it is started at once, without the back-off of 4 s"
     assert await fleet.database.fetchval("SELECT count(*) FROM scheduler.state_intervals") == 1
 
 
 async def test_a_frozen_worker_is_lost_keeps_its_place_and_comes_back(fleet: Fleet) -> None:
+    fleet.environment["ROUNDHOUSE_LOST_AFTER_S"] = "3"
     fleet.start_scheduler()
     fleet.start_agent()
     resource_id = await live_resource(fleet)
