@@ -57,14 +57,14 @@ async def test_the_jobs_of_a_worker_that_is_killed_during_a_swap_are_answered_wh
     slow = {"ROUNDHOUSE_WORKER_MODEL_BYTES": "1", "STUB_LOAD_S": "5"}
     async with reports_of(path) as heard:
         victim = path.worker(step_s=0.01, environment=slow)
-        running = await submit(path, first, 400)
+        running = await submit(path, first, 1000)
         await until(lambda: any(running.owned.tokens), 40)
         waiting = [await submit(path, second, 30) for _ in range(3)]
         await until(lambda: heard and ("mod_second", "loading") in states(heard[-1]), 20)
         victim.kill()
     path.worker(step_s=0.002, environment={"ROUNDHOUSE_WORKER_MODEL_BYTES": "1"})
     results = await asyncio.wait_for(asyncio.gather(*map(read, [running, *waiting])), 60)
-    assert [text for text, _, _ in results] == [whole_text(400), *[whole_text(30)] * 3]
+    assert [text for text, _, _ in results] == [whole_text(1000), *[whole_text(30)] * 3]
     assert all(end.outcome == "succeeded" for _, _, end in results)
     # Only the one that ran has been in a crash.
     assert [stream.owned.attempt for stream in [running, *waiting]] == [2, 1, 1, 1]

@@ -70,7 +70,7 @@ class Path_:
         subscription = await self.broker.subscribe(
             topology.BILLING_EVENTS, UsageEvent, receive, prefetch=1000, no_ack=True
         )
-        await asyncio.wait_for(got.wait(), 15)
+        await asyncio.wait_for(got.wait(), 60)
         await subscription.cancel()
         return facts
 
@@ -135,19 +135,19 @@ async def test_a_job_is_answered_whole_and_reported_once(path: Path_) -> None:
 
 async def test_fifty_streams_go_on_unbroken_when_their_worker_is_killed(path: Path_) -> None:
     first = path.worker(step_s=0.02)
-    streams = [await path.submit(150) for _ in range(50)]
+    streams = [await path.submit(300) for _ in range(50)]
     reads = [asyncio.create_task(read(stream)) for stream in streams]
-    while sum(map(sum, ([len(t) for t in stream.owned.tokens] for stream in streams))) < 50 * 30:
+    while any(len(stream.owned.tokens[0]) < 20 for stream in streams):
         await asyncio.sleep(0.05)
     killed_s = time.monotonic()
     first.kill()
-    path.worker(step_s=0.02)
+    path.worker(step_s=0.01)
     results = await asyncio.wait_for(asyncio.gather(*reads), 60)
     assert time.monotonic() - killed_s < 20
-    assert all(text == whole_text(150) and end.outcome == "succeeded" for text, _, end in results)
+    assert all(text == whole_text(300) and end.outcome == "succeeded" for text, _, end in results)
     facts = await path.usage_events(50)
     assert sorted(fact.job_id for fact in facts) == sorted(stream.owned.job.job_id for stream in streams)
-    assert all(isinstance(f, JobUsage) and f.completion_tokens == 150 and f.attempt == 2 for f in facts)
+    assert all(isinstance(f, JobUsage) and f.completion_tokens == 300 and f.attempt == 2 for f in facts)
 
 
 async def test_a_frozen_worker_is_replaced_and_fenced_when_it_wakes(path: Path_) -> None:
@@ -159,7 +159,7 @@ async def test_a_frozen_worker_is_replaced_and_fenced_when_it_wakes(path: Path_)
     first.signal(signal.SIGSTOP)
     path.worker(step_s=0.005)
     # The frozen worker's connection is given up by its missing heartbeats, or the owner publishes the job again.
-    text, _, end = await asyncio.wait_for(reading, 40)
+    text, _, end = await asyncio.wait_for(reading, 55)
     assert (text, end.outcome) == (whole_text(200), "succeeded")
     first.signal(signal.SIGCONT)
     again = await path.submit(20)
@@ -168,7 +168,7 @@ async def test_a_frozen_worker_is_replaced_and_fenced_when_it_wakes(path: Path_)
 
 
 async def test_a_cancel_frees_the_place_and_bills_what_was_delivered(path: Path_) -> None:
-    path.worker(step_s=0.02, max_batch=1)
+    path.worker(step_s=0.1, max_batch=1)
     stream = await path.submit(1000)
     async for event in stream:
         if isinstance(event, TextDelta) and event.tokens:
@@ -177,7 +177,7 @@ async def test_a_cancel_frees_the_place_and_bills_what_was_delivered(path: Path_
             break
     await stream.abandon("client_gone")
     following = await path.submit(5)
-    text, _, _ = await asyncio.wait_for(read(following), 5)
+    text, _, _ = await asyncio.wait_for(read(following), 20)
     assert text == whole_text(5)
     assert [(fact.reason, fact.delivered_tokens > 0) for fact in path.voids] == [("client_gone", True)]
     facts = {fact.job_id: fact for fact in await path.usage_events(2)}
@@ -201,7 +201,7 @@ async def test_a_drained_worker_finishes_what_runs_and_gives_back_the_rest(path:
 
 
 async def test_a_job_that_kills_its_workers_ends_as_poison(path: Path_) -> None:
-    stream = await path.submit(10_000)
+    stream = await path.submit(10_000, deadline_s=110)
     reading = asyncio.create_task(read(stream))
     for attempt in (1, 2, 3):
         worker = path.worker(step_s=0.02)
@@ -209,7 +209,7 @@ async def test_a_job_that_kills_its_workers_ends_as_poison(path: Path_) -> None:
             await asyncio.sleep(0.05)
         worker.kill()
     path.worker(step_s=0.02)
-    _, _, end = await asyncio.wait_for(reading, 20)
+    _, _, end = await asyncio.wait_for(reading, 60)
     assert (end.outcome, end.error_code) == ("failed", "poison")
     assert [fact.reason for fact in path.voids] == ["failed"]
 
@@ -231,8 +231,10 @@ async def test_the_queue_of_a_dead_gateway_is_cleared_quickly_for_those_that_liv
         job = msgspec.structs.replace(dead, job_id=f"{dead.job_id}{number}")
         await path.broker.publish(path.queue, job)
     stream = await path.submit(5)
+    worker = path.worker(max_batch=4)
+    while '"phase": "ready"' not in worker.log.read_text():
+        await asyncio.sleep(0.02)
     started_s = time.monotonic()
-    path.worker(max_batch=4)
     text, _, _ = await asyncio.wait_for(read(stream), 30)
     assert text == whole_text(5)
     assert time.monotonic() - started_s < 12  # one claim and its silence, not one for each job
@@ -319,7 +321,7 @@ async def test_an_embedding_job_is_answered_in_the_order_of_its_inputs_beside_an
 
 
 async def test_an_embedding_job_whose_worker_died_is_computed_anew_and_reported_once(path: Path_) -> None:
-    first = path.worker(step_s=0.3)
+    first = path.worker(step_s=0.6)
     stream = await submit_inputs(path)
     reading = asyncio.create_task(read(stream))
     while stream.owned.attempt < 1:
@@ -338,14 +340,14 @@ async def test_an_embedding_job_whose_worker_died_is_computed_anew_and_reported_
 
 
 async def test_an_embedding_job_that_is_cancelled_frees_its_places(path: Path_) -> None:
-    path.worker(step_s=0.3, max_batch=4)
+    path.worker(step_s=0.6, max_batch=4)
     stream = await submit_inputs(path)
     while stream.owned.attempt < 1:
         await asyncio.sleep(0.05)
-    await asyncio.sleep(0.7)
+    await asyncio.sleep(1.4)
     await stream.abandon("client_gone")
     following = await path.submit(2)
-    text, _, _ = await asyncio.wait_for(read(following), 5)
+    text, _, _ = await asyncio.wait_for(read(following), 20)
     assert text == whole_text(2)
     assert [(fact.reason, fact.prompt_tokens, fact.delivered_tokens) for fact in path.voids] == [
         ("client_gone", sum(map(len, INPUTS)), 0)

@@ -40,7 +40,7 @@ async def submit(path: Path_, ref: ModelRef, max_tokens: int) -> OwnedStream:
 async def test_a_long_answer_gives_way_and_goes_on_unbroken(path: Path_) -> None:
     first, second = add_model(path.store, "mod_first"), add_model(path.store, "mod_second")
     path.worker(step_s=0.02, max_batch=4, environment={"ROUNDHOUSE_WORKER_MODEL_BYTES": "1"})
-    long = await submit(path, first, 250)
+    long = await submit(path, first, 600)
     begun, order = asyncio.Event(), []
 
     async def read_long() -> tuple[str, int]:
@@ -60,7 +60,7 @@ async def test_a_long_answer_gives_way_and_goes_on_unbroken(path: Path_) -> None
         text, _, end = await asyncio.wait_for(read(await submit(path, second, 5)), 30)
         order.append("short")
         assert (text, end.outcome) == (whole_text(5), "succeeded")
-    assert await asyncio.wait_for(reading, 60) == (whole_text(250), 250)
+    assert await asyncio.wait_for(reading, 60) == (whole_text(600), 600)
     assert order == ["short", "short", "long"]
     assert long.owned.attempt == 1
     log = (path.folder / "worker0.log").read_text()

@@ -128,10 +128,10 @@ async def test_a_hot_model_gets_a_second_copy_on_the_idle_worker(path: Path_) ->
             report.worker_id for report in heard for model in report.models if model.model_id == "mod_hot"
         }
         assert len(copies) == 1
-        reads += [asyncio.create_task(read(await submit(path, hot, 50))) for _ in range(40)]
+        reads += [asyncio.create_task(read(await submit(path, hot, 100))) for _ in range(40)]
         reads.append(asyncio.create_task(read(await submit(path, cold, 5))))
         results = await asyncio.wait_for(asyncio.gather(*reads), 60)
-        assert [text for text, _, _ in results] == [whole_text(100), *[whole_text(50)] * 40, whole_text(5)]
+        assert [text for text, _, _ in results] == [whole_text(100), *[whole_text(100)] * 40, whole_text(5)]
     copies = {report.worker_id for report in heard for model in report.models if model.model_id == "mod_hot"}
     assert copies == ids
     facts = [fact for fact in await path.usage_events(42) if isinstance(fact, JobUsage)]
