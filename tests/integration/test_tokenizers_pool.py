@@ -75,7 +75,7 @@ async def test_many_conversations_get_what_each_gets_alone(tmp_path: Path) -> No
 
 async def test_bad_models_and_endless_templates_are_refused_and_the_pool_goes_on(tmp_path: Path) -> None:
     before = children_of_this_process()
-    limits = PoolLimits(children=1, call_s=0.4, models_per_child=2, memory_bytes=1024**3)
+    limits = PoolLimits(children=1, call_s=2.0, models_per_child=2, memory_bytes=1024**3)
     async with running(make_store(tmp_path), limits) as pool:
         tokens = await pool.encode_chat("good", HI)
         assert await pool.decode("good", [tokens]) == ["<|bos|>user: hi<|end|>\nassistant: "]
@@ -155,10 +155,12 @@ async def test_new_models_are_loaded_before_anyone_asks(tmp_path: Path) -> None:
 
 
 async def test_full_queue_is_refused_at_once(tmp_path: Path) -> None:
-    async with running(make_store(tmp_path), PoolLimits(children=1, waiting=2, call_s=0.3)) as pool:
+    async with running(make_store(tmp_path), PoolLimits(children=1, waiting=2, call_s=2.0)) as pool:
         await pool.encode_chat("good", HI)
         busy = asyncio.create_task(refusal(pool, "endless"))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
+        while pool._work.qsize():  # until the child has it
+            await asyncio.sleep(0.01)
         waiting = [asyncio.create_task(pool.encode_chat("good", HI)) for _ in range(2)]
         await asyncio.sleep(0)
         assert await refusal(pool, "good") == (503, "service_unavailable")
