@@ -36,12 +36,16 @@ def ask(stack: Stack, method: str, path: str, body: Any = None, key: str | None 
 
 def make(stack: Stack, name: str, team: str | None = None) -> dict[str, Any]:
     """Credentials of the stack's team, or of another one by its slug; ready to be used."""
-    if team is None:
-        status, made = ask(stack, "POST", PATH, {"name": name})
-    else:
-        admin = stack._environment["ROUNDHOUSE_ADMIN_KEY"]
-        status, made = ask(stack, "POST", f"{PATH}?team={team}", {"name": name}, admin)
-    assert status == 201 and made["ready"], made
+    key = None if team is None else stack._environment["ROUNDHOUSE_ADMIN_KEY"]
+    of_team = "" if team is None else f"?team={team}"
+    status, made = ask(stack, "POST", PATH + of_team, {"name": name}, key)
+    assert status == 201, made
+    deadline_s = time.monotonic() + 60
+    while not made["ready"]:  # a busy broker takes longer than the gateway waits for it
+        assert time.monotonic() < deadline_s, made
+        time.sleep(0.2)
+        _, shown = ask(stack, "GET", f"{PATH}/{made['credential_id']}{of_team}", None, key)
+        made["ready"] = shown["ready"]
     return dict(made)
 
 
