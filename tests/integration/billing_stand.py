@@ -121,7 +121,7 @@ async def insert_rate(
     )
 
 
-async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 40.0) -> None:
     """Wait until `condition` holds; a test that waits in vain fails here."""
     async with asyncio.timeout(timeout_s):
         while not await condition():

@@ -69,7 +69,7 @@ async def far_broker(vhost: Vhost, proxy: TcpProxy) -> AsyncIterator[Broker]:
         await until(lambda: opened.connected)
 
 
-async def until(holds: Callable[[], Any], within_s: float = 10.0) -> None:
+async def until(holds: Callable[[], Any], within_s: float = 30.0) -> None:
     async with asyncio.timeout(within_s):
         while not holds():
             await asyncio.sleep(0.01)

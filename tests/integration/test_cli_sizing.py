@@ -183,7 +183,7 @@ async def test_a_benchmark_tells_latency_by_concurrency_and_what_one_gpu_does(st
     await set_live(stack, 2)
     told = (
         await roundhouse(
-            base, key, "bench", "-m", stack.model, *sizes, "--concurrency", "1,4", "--seconds", "2", "--json"
+            base, key, "bench", "-m", stack.model, *sizes, "--concurrency", "1,4", "--seconds", "4", "--json"
         )
     ).json
     # a stub worker of four at once, whose steps take five milliseconds: each answer takes eight of them

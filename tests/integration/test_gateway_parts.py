@@ -201,7 +201,7 @@ async def test_routes_outlive_the_database_and_turning_off_ends_what_waits(
     await gateway.call("POST", f"{path}/off", key=key)
     with pytest.raises(ApiError):
         gateway.routes.resolve(who, "tiny")
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(20):
         while not gateway.turned_off:
             await asyncio.sleep(0.02)
     assert gateway.turned_off == [f"{resource['resource_id']} resource_off"]

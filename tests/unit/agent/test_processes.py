@@ -21,7 +21,7 @@ def environment(home: Path, incarnation: str = "inc_1") -> dict[str, str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)

@@ -274,8 +274,13 @@ async def test_a_client_that_leaves_voids_every_job(tmp_path: Path) -> None:
     owner = FakeOwner(endless)
     async with serving(owner, tmp_path) as url:
         inputs = [[1]] * (JOB_INPUTS + 1)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(post(url, "/v1/embeddings", {"model": MODEL, "input": inputs}), 0.3)
+        asking = asyncio.create_task(post(url, "/v1/embeddings", {"model": MODEL, "input": inputs}))
+        async with asyncio.timeout(10):
+            while len(owner.jobs) < 2:
+                await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
         await asyncio.wait_for(owner.was_voided.wait(), 5)
     assert len(owner.jobs) == 2
     assert sorted(owner.voided) == sorted((job.job_id, "client_gone", 0) for job in owner.jobs)

@@ -400,8 +400,14 @@ async def test_client_that_leaves_before_the_answer_is_voided_with_nothing(tmp_p
 
     owner = FakeOwner(endless)
     async with serving(owner, tmp_path) as url:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(post(url, "/v1/completions", {"model": MODEL, "prompt": ["a", "b"]}), 0.2)
+        asking = asyncio.create_task(post(url, "/v1/completions", {"model": MODEL, "prompt": ["a", "b"]}))
+        async with asyncio.timeout(10):
+            while len(owner.jobs) < 2:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # its tokens are there
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
         await asyncio.wait_for(owner.was_voided.wait(), 5)
     assert sorted(owner.voided) == sorted((job.job_id, "client_gone", 0) for job in owner.jobs)
 
