@@ -7,6 +7,7 @@ prompt, not in a message, not by two pieces that only together spell one. Runs i
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -26,6 +27,7 @@ from shared.inference.tokenizer_protocol import (
     TEMPLATE_REFUSED,
 )
 
+_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # Unicode's noncharacters: never in text that is exchanged, so one of them can mark a place in it.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 # SentencePiece spells a byte that is no character of its own so.
@@ -235,17 +237,33 @@ class LoadedTokenizer:
         return ids
 
 
+def digest_of_files(folder: Path) -> bytes:
+    """Of all that `load_tokenizer` reads; a file that is not there counts as such. Raises TokenizationRefused."""
+    digest = hashlib.sha256()
+    for name in (_TOKENIZER, _CONFIG, _TEMPLATE):
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            digest.update(b"-")
+            continue
+        except OSError as error:
+            raise TokenizationRefused(MODEL_UNREADABLE, f"{name}: {error}"[:200]) from error
+        digest.update(b"%d:" % len(content))
+        digest.update(content)
+    return digest.digest()
+
+
 def load_tokenizer(folder: Path) -> LoadedTokenizer:
     """Raises TokenizationRefused when the folder's files cannot be read as a tokenizer."""
     try:
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str((folder / _TOKENIZER).read_text(encoding="utf-8"))
     # The library raises a bare Exception for a file it does not understand.
     except Exception as error:
         raise TokenizationRefused(
             MODEL_UNREADABLE, f"tokenizer.json: {type(error).__name__}: {error}"[:200]
         ) from error
     try:
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder / _CONFIG)
         source = _template_source(folder, config)
         template = None if source is None else compile_chat_template(source)
         return LoadedTokenizer(tokenizer, template, _special_tokens(config))
@@ -264,7 +282,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own wins; a list of named templates is taken at its `default`."""
-    path = folder / "chat_template.jinja"
+    path = folder / _TEMPLATE
     if path.exists():
         return path.read_text(encoding="utf-8")
     found = config.get("chat_template")

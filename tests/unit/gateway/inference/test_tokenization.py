@@ -10,7 +10,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from shared.chat_template import compile_chat_template
+from shared.inference import tokenizer_child
 from shared.inference.tokenization import LoadedTokenizer, TokenizationRefused, load_tokenizer
+from shared.inference.tokenizer_protocol import Done, EncodeChat, Load, Refused, Unload
 from tests.unit.gateway.inference.builders import BOS, END_OF_TURN, EOS, write_tokenizer
 
 CONTROL = {EOS, BOS, END_OF_TURN}
@@ -250,3 +252,49 @@ def test_unreadable_folder_is_a_refusal(tmp_path: Path, name: str, content: str)
     with pytest.raises(TokenizationRefused) as caught:
         load_tokenizer(folder)
     assert caught.value.code == "model_unreadable"
+
+
+# ---- the process
+
+
+def test_equal_files_are_one_tokenizer_in_memory_and_a_change_of_any_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "tuned", "config", "vocabulary", "template"):
+        write_tokenizer(tmp_path / name)
+    config = tmp_path / "config" / "tokenizer_config.json"
+    config.write_text(config.read_text() + " ")
+    vocabulary = tmp_path / "vocabulary" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text() + " ")
+    (tmp_path / "template" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    read: list[str] = []
+
+    def load(folder: Path) -> LoadedTokenizer:
+        read.append(folder.name)
+        return load_tokenizer(folder)
+
+    monkeypatch.setattr(tokenizer_child, "load_tokenizer", load)
+    child = tokenizer_child.Child(tmp_path)
+    folders = ["base", "tuned", "config", "vocabulary", "template"]
+    assert all(child.answer(Load(folder)) == Done() for folder in folders)
+    assert read == ["base", "config", "vocabulary", "template"]
+    answers = [child.answer(EncodeChat(folder, user("hi"))) for folder in folders]
+    assert answers[0] == answers[1] == answers[2] == answers[3] != answers[4]
+    # The one that is left keeps it; when both are gone nothing does.
+    child.answer(Unload("base"))
+    assert child.answer(EncodeChat("tuned", user("hi"))) == answers[0]
+    child.answer(Unload("tuned"))
+    assert child.answer(Load("base")) == Done() and read[-1] == "base"
+
+
+def test_a_folder_without_a_tokenizer_is_refused_as_before(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd" / "tokenizer.json").mkdir(parents=True)
+    child = tokenizer_child.Child(tmp_path)
+    for folder in ("empty", "odd"):
+        answer = child.answer(Load(folder))
+        assert (
+            isinstance(answer, Refused)
+            and answer.code == "model_unreadable"
+            and "tokenizer.json" in answer.message
+        )
