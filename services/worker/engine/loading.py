@@ -33,8 +33,10 @@ from .weights import Checkpoint
 if TYPE_CHECKING:
     from .cuda.placement import Placement
 
-# 325 MB are read in some 15 ms alone, and in 150 ms beside a model that answers.
+# Of a thread's time beside a model that answers: 325 MB are then copied in 150 ms instead of 15.
 _BUSY_SHARE = 0.1
+# On a CPU a load is 2 ms of the interpreter, which steps need, too: 70 ms beside a model that answers.
+_BUSY_CPU_SHARE = 0.03
 # A few fill what memory can deliver.
 _MOST_READING_THREADS = 4
 
@@ -104,15 +106,16 @@ class ModelLoader:
 
     def _decoder_of(self, found: ModelImage, is_busy: Callable[[], bool]) -> Decoder:
         """Raises ModelRefusal where this machine has no use for images, ImageDamaged."""
-        config, wait = self._config, Pace(is_busy).wait
+        config = self._config
         if is_placed(found.spec, config, self._device):
             with torch.inference_mode():
-                return self._slots().load(found, wait)
+                return self._slots().load(found, Pace(is_busy).wait)
         reason = refusal_reason(found.spec, config.precision, config.block_tokens)
         if self._device.type != "cpu" or reason is not None:
             raise ModelRefusal(f"nothing on this machine computes from images: {reason}")
         # While nobody computes, the processors are this load's: its answer is what is waited for.
         threads = 1 if is_busy() else self._reading_threads()
+        wait = Pace(is_busy, _BUSY_CPU_SHARE).wait
         with found.image.verifying(wait, threads=threads, first_bytes=found.unsummed_bytes()):
             return NativeDecoder(
                 found.spec, found.weights, config.precision, config.threads or 1, found.panel_sums
@@ -205,13 +208,13 @@ class Pace:
     anybody, and ten times that would be seconds.
     """
 
-    def __init__(self, is_busy: Callable[[], bool]) -> None:
-        self._is_busy, self._own = is_busy, threading.local()
+    def __init__(self, is_busy: Callable[[], bool], share: float = _BUSY_SHARE) -> None:
+        self._is_busy, self._share, self._own = is_busy, share, threading.local()
         self._own.since_s = time.thread_time()
 
     def wait(self, _read_bytes: int) -> None:
         """A thread's first call but the maker's counts nothing: what it computed before was not said."""
         since_s: float | None = getattr(self._own, "since_s", None)
         if since_s is not None and self._is_busy():
-            time.sleep((time.thread_time() - since_s) * (1 / _BUSY_SHARE - 1))
+            time.sleep((time.thread_time() - since_s) * (1 / self._share - 1))
         self._own.since_s = time.thread_time()
