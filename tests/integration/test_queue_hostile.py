@@ -199,6 +199,20 @@ async def test_what_was_accepted_for_a_revoked_credential_is_told_to_another_one
     assert ask(stack, "DELETE", f"{PATH}/{second['credential_id']}")[0] == 204
 
 
+async def until_done(stack: Stack, submissions: str, count: int) -> None:
+    """So many lines of submissions whose ids begin so have ended: what is said of them is due, or told."""
+    connection = await asyncpg.connect(stack.database_url)
+    try:
+        async with asyncio.timeout(60):
+            while count != await connection.fetchval(
+                "SELECT count(*) FROM batch.queue_lines WHERE starts_with(submission_id, $1) AND reply <> 'none'",
+                submissions,
+            ):
+                await asyncio.sleep(0.1)
+    finally:
+        await connection.close()
+
+
 async def test_a_reply_queue_that_nobody_reads_holds_up_nobody_else_and_loses_nothing(
     stack: Stack, mine: dict[str, Any], theirs: dict[str, Any]
 ) -> None:
@@ -211,7 +225,8 @@ async def test_a_reply_queue_that_nobody_reads_holds_up_nobody_else_and_loses_no
         for part in range(3):
             lines = [chat_line(stack, f"line-{part}-{n}") for n in range(100)]
             await team.publish(submission(f"lazy-{part}", lines))
-        await asyncio.sleep(5)
+        await until_done(stack, "lazy-", 300)
+        await asyncio.sleep(5)  # what finds room in the queue has come by then
         began_s = time.monotonic()
         await others.publish(submission("awake", [chat_line(stack, "a")]))
         assert_answered(await others.read(has("result"), limit_s=10))
