@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # Of a thread's time beside a model that answers: 325 MB are then copied in 150 ms instead of 15.
 _BUSY_SHARE = 0.1
-# On a CPU a load is 2 ms of the interpreter, which steps need, too: 70 ms beside a model that answers.
+# On a CPU a load is 2 ms of the interpreter, which steps need, too: some 50 ms beside a model that answers.
 _BUSY_CPU_SHARE = 0.03
 # A few fill what memory can deliver.
 _MOST_READING_THREADS = 4
