@@ -46,6 +46,8 @@ START_S = 12.0
 """Beside what starting a process takes. Without it a busy machine would make of three seconds ten, now and then."""
 LEAST, MOST = 1, 3
 DOWN_S = 20.0
+NO_CROWDS = 1.0
+"""A share that no crowd is worth: workers come for each crowd and go after it, so that starts are in the waits."""
 CROWDS = ((20.0, 40.0), (75.0, 90.0), (120.0, 150.0))
 QUIET_PER_S, CROWD_PER_S = 0.6, 6.0
 READY_LIMIT_S, JOBS_LIMIT_S = 60.0, 300.0
@@ -80,7 +82,7 @@ def arrivals(seconds: float, seed: int) -> Iterator[Arrival]:
 def simulate(jobs: list[Arrival], start_s: float, token_s: float, seconds: float) -> list[float]:
     """The wait of each job; a worker gives a token to each of its jobs in one step, the stub engine's prompts are free."""
     machine = Machine(start_s=start_s, max_batch=MAX_BATCH, base_s=token_s, per_job_s=0.0, prompt_weight=0.0)
-    tuning = msgspec.structs.replace(TUNING, down_window_s=DOWN_S)
+    tuning = msgspec.structs.replace(TUNING, down_window_s=DOWN_S, crowd_share=NO_CROWDS)
     outcome = World(machine, jobs).run(Ours((LEAST, MOST), tuning), LEAST, seconds)
     return outcome.waits_s
 
@@ -160,6 +162,7 @@ class RealRun:
             "ROUNDHOUSE_WORKER_COMMAND": json.dumps([sys.executable, "-m", "loadtest.stub_worker"]),
             "ROUNDHOUSE_MODEL_STORE": str(self._folder / "store"),
             "ROUNDHOUSE_SCALE_DOWN_S": str(DOWN_S),
+            "ROUNDHOUSE_CROWD_SHARE": str(NO_CROWDS),
             "STUB_START_S": str(START_S),
             "STUB_STEP_S": str(STEP_S),
         }

@@ -63,7 +63,9 @@ class Ours:
                     held_jobs=len(worker.jobs),
                     running_sequences=len(worker.jobs),
                 )
-        self._meter.look(reports, len(world.waiting), 0, 0.0, now, wait_s=self._wait_s)
+        self._meter.look(
+            reports, len(world.waiting), 0, 0.0, now, wait_s=self._wait_s, forget_s=self._tuning.forget_s
+        )
         supply = Supply(
             ready_workers=len(world.ready(now)),
             starting_ages_s=[now - w.granted_at for w in world.workers.values() if w.ready_at > now],

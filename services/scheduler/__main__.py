@@ -43,7 +43,7 @@ async def serve(settings: SchedulerSettings, life: Lifetime) -> None:
     metrics = SchedulerMetrics(lambda: lease.is_leader)
     store, residency, pins = Store(database, lease), ResidencyKeeper(database, lease), PinKeeper(database)
     depths = QueueDepths(broker, fleet.changed)
-    scaling = ScalingKeeper(depths)
+    scaling = ScalingKeeper(depths, settings.limits.scaling)
     leader = Leader(
         broker, store, residency, pins, scaling, lease, fleet, settings.limits, metrics, settings.tick_s
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.scheduler.crowds import SeenCrowds
 from services.scheduler.load_meter import Measured
 from services.scheduler.scaling_policy import ScalingMemory
 from services.scheduler.scaling_settings import Bounds
@@ -137,6 +138,7 @@ class NoteScaling:
 
     memory: ScalingMemory
     measured: Measured | None
+    crowds: SeenCrowds | None
     words: str
     note: bool
     record: bool

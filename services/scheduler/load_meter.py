@@ -15,14 +15,14 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from services.scheduler.crowds import Crowds
+from services.scheduler.crowds import Crowds, SeenCrowds
 from services.scheduler.scaling_policy import Load
 from services.scheduler.scaling_settings import MAX_COUNT
 
 PROMPT_TOKEN_WEIGHT = 0.1
 """What a prompt token costs beside a completion token."""
-ARRIVALS_S = 60.0
-"""Time constant of the running mean of arrivals. What is shorter is a crowd (`crowds.py`)."""
+MEAN_S = 60.0
+"""Time constant of the running means of what arrives and of what runs. What is shorter is a crowd (`crowds.py`)."""
 KNOWN_STREAM_S = 10.0
 RATE_STREAM_S = 600.0
 """The throughput is a mean over so many seconds of jobs: 8 jobs for 75 s, say."""
@@ -70,8 +70,8 @@ class Measured(Struct, frozen=True, kw_only=True):
 class LoadMeter:
     """One resource's. `look` takes what is known at a time; `load` says what follows."""
 
-    def __init__(self, max_batch: int, known: Measured | None = None) -> None:
-        """known: from before; it weighs as little as a few seconds of work."""
+    def __init__(self, max_batch: int, known: Measured | None = None, seen: SeenCrowds | None = None) -> None:
+        """known, seen: from before. What is known weighs as little as a few seconds of work."""
         self._max_batch = max_batch
         self._before: dict[str, Counters] = {}
         self._in_hand: int | None = None
@@ -79,8 +79,10 @@ class LoadMeter:
         self._tokens = self._stream_s = 0.0
         self._job_tokens = self._jobs = 0.0
         self._arriving_jobs_per_s = 0.0
-        self._crowds = Crowds(MAX_COUNT)
-        self._wait_s = self._swap_s = 0.0
+        self._running = self._gone = 0.0
+        """`_gone`: jobs that were in hand and are not. Those of a worker that died come back, and are no crowd then."""
+        self._crowds = Crowds(MAX_COUNT, seen)
+        self._swap_s = 0.0
         self._ready: int | None = None
         self._batch = 0
         self._reports_age_s = 0.0
@@ -98,17 +100,18 @@ class LoadMeter:
         now: float,
         *,
         wait_s: float = 10.0,
+        forget_s: float = 300.0,
         swap_s: float = 0.0,
     ) -> None:
         """workers: the latest report of each worker that lives, by incarnation. wait_s: what a request may wait, by the
-        resource's settings. swap_s: what a job waits for its model."""
+        resource's settings. forget_s: see `crowds.py`. swap_s: what a job waits for its model."""
         left = 0
         for incarnation, counters in workers.items():
             # Of one that is new to us its past is known too, and is no arrival.
             came_out = self._take(counters, self._before.get(incarnation))
             left += came_out if incarnation in self._before else 0
         self._ready, self._batch, self._reports_age_s = ready_messages, batch_messages, reports_age_s
-        self._before, self._wait_s, self._swap_s = dict(workers), wait_s, swap_s
+        self._before, self._swap_s = dict(workers), swap_s
         if ready_messages is None:
             self._in_hand = None  # what comes meanwhile is not counted as one crowd afterwards
             return
@@ -116,10 +119,14 @@ class LoadMeter:
         if self._in_hand is not None and now > self._looked_at:
             passed_s = now - self._looked_at
             arrived = in_hand - self._in_hand + left
-            share = 1 - math.exp(-passed_s / ARRIVALS_S)
+            share = 1 - math.exp(-passed_s / MEAN_S)
             self._arriving_jobs_per_s += (arrived / passed_s - self._arriving_jobs_per_s) * share
+            self._running += (self._live_sequences() - self._running) * share
+            came = max(arrived - self._gone, 0.0)
+            self._gone = max(self._gone - arrived, 0.0) * (1 - share)
             if rate := self._worker_tokens_per_s():
-                self._crowds.pass_time(arrived * self._mean_job_tokens(), passed_s, rate, wait_s)
+                work_s = came * self._mean_job_tokens() / rate
+                self._crowds.pass_time(came, work_s, now, passed_s, wait_s, forget_s)
         self._in_hand, self._looked_at = in_hand, now
 
     def _take(self, now: Counters, before: Counters | None) -> int:
@@ -152,6 +159,9 @@ class LoadMeter:
     def _mean_job_tokens(self) -> float:
         return self._job_tokens / self._jobs if self._jobs else self._job_tokens
 
+    def _live_sequences(self) -> int:
+        return sum(each.running_sequences - each.batch_sequences for each in self._before.values())
+
     def load(self) -> Load:
         workers = self._before.values()
         job_tokens, rate = self._mean_job_tokens(), self._worker_tokens_per_s()
@@ -159,13 +169,14 @@ class LoadMeter:
             ready_messages=self._ready,
             batch_messages=self._batch + sum(each.batch_held_jobs for each in workers),
             waiting_jobs=sum(each.waiting_jobs - each.batch_waiting_jobs for each in workers),
-            running_sequences=sum(each.running_sequences - each.batch_sequences for each in workers),
+            running_sequences=self._live_sequences(),
+            usually_running=self._running,
             remaining_tokens=sum(each.remaining_tokens for each in workers),
             reports_age_s=self._reports_age_s,
             job_tokens=job_tokens,
             arriving_tokens_per_s=max(self._arriving_jobs_per_s, 0.0) * job_tokens,
             worker_tokens_per_s=rate or None,
-            crowd_workers=self._crowds.least_workers(self._wait_s, rate),
+            crowds=self._crowds.seen(),
             swap_s=self._swap_s,
         )
 

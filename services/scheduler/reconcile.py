@@ -132,7 +132,7 @@ def _scaling(view: ResourceView) -> list[NoteScaling]:
     words = (
         f"{before} → {after} wanted: {decision.why}" if after != before else f"{after} wanted: {decision.why}"
     )
-    return [NoteScaling(decision.memory, scaling.measured, words, note, record)]
+    return [NoteScaling(decision.memory, scaling.measured, scaling.load.crowds, words, note, record)]
 
 
 def bounds_in_force(view: ResourceView) -> Bounds:

@@ -1,7 +1,7 @@
 """What the leader knows of each autoscaled resource from one look to the next: its load, and what was decided.
 
-Another leader begins with what is stored: the count that was wanted, which it holds to as if a crowd had just wanted it, and what a
-job and a worker were measured to be.
+Another leader begins with what is stored: the count that was wanted, which it holds to as if it had just been needed, what a
+job and a worker were measured to be, and the crowds that came.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from services.scheduler.actions import NoteScaling
 from services.scheduler.load_meter import LoadMeter, Measured
 from services.scheduler.queue_depths import QueueDepths
-from services.scheduler.scaling_policy import Need, ScalingMemory
+from services.scheduler.scaling_policy import Need, ScalingMemory, Tuning
 from services.scheduler.snapshot import Heard, ScalingState, Stored, StoredPlace, StoredResource
 from services.scheduler.states import PlaceState
 from services.scheduler.swap_cost import mean_swap_s
@@ -17,8 +17,9 @@ from shared.messages import WorkerReport
 
 
 class ScalingKeeper:
-    def __init__(self, depths: QueueDepths) -> None:
+    def __init__(self, depths: QueueDepths, tuning: Tuning) -> None:
         self._depths = depths
+        self._forget_s = tuning.forget_s
         self._meters: dict[str, LoadMeter] = {}
         self._memories: dict[str, ScalingMemory] = {}
         self._noted_at: dict[str, float] = {}
@@ -62,7 +63,9 @@ class ScalingKeeper:
                 oldest_s = max(oldest_s, now - (found[1] if found is not None else place.ready_at or now))
         meter = self._meters.get(resource_id)
         if meter is None:
-            meter = self._meters[resource_id] = LoadMeter(resource.max_batch, _known(resource))
+            meter = self._meters[resource_id] = LoadMeter(
+                resource.max_batch, _known(resource), resource.crowds
+            )
         depth = self._depths.of(resource_id)
         meter.look(
             reports,
@@ -71,6 +74,7 @@ class ScalingKeeper:
             oldest_s,
             now,
             wait_s=resource.target_wait_s,
+            forget_s=self._forget_s,
             swap_s=mean_swap_s(reports.values()),
         )
         memory = self._memories.get(resource_id)
@@ -100,4 +104,4 @@ def _first_memory(resource: StoredResource, places: list[StoredPlace], now: floa
     """Begin with what was wanted, or with what there is: as if it had been needed until now."""
     active = sum(place.state != PlaceState.DRAINING for place in places)
     wanted = resource.wanted_count if resource.wanted_count is not None else active
-    return ScalingMemory(wanted=wanted, busy_at=now, needs=[Need(now, wanted)], crowds=[Need(now, wanted)])
+    return ScalingMemory(wanted=wanted, busy_at=now, needs=[Need(now, wanted)])

@@ -4,23 +4,23 @@ Work is counted in completion tokens' worth. `wanted_count` follows these rules;
 the matter, the rest work together.
 1. Blind (the broker does not answer, or the workers' reports are stale): hold what was wanted, and say so.
 2. Throughput never measured: one worker if there is any work, else hold.
-3. Steady need: arriving work, at the utilisation aimed at; or what runs now, in full batches, where that is more. The
-   utilisation is lower where requests may wait for less than `LONG_WAIT_S`: what comes while a worker starts, and what
-   chance sends at once, then has to fit into those that are there.
+3. Steady need: arriving work, at the utilisation aimed at; or what usually runs, in full batches, where that is more (long
+   streams, of which none arrived lately). Both are means of a minute: that a crowd fills all workers for a moment says
+   nothing about how many are needed. The utilisation is lower where requests may wait for less than `LONG_WAIT_S`: what
+   comes while a worker starts, and what chance sends at once, then has to fit into those that are there.
 4. Waiting work that the workers there (and those on their way) will not have done by the time that a new one could be
    ready and have its model: so much more that it is drained in `drain_target_s` from then on. What they will have done
    by then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
    a model as a new one would, but not for its own start, so what merely waits for a swap starts nobody.
    Both are counted in workers, so one step goes to what is needed, also from zero.
 5. Crowds: a worker that is started for a crowd comes too late for one that is shorter than a start, but not for the next.
-   So many are wanted as would have kept every wait below the target, had they been there when it came (`crowds.py`), if
-   that is more than the need of 3 and 4. Where that is more than are ready, what it takes above what usually comes is
-   multiplied by `crowd_room`: the next crowd may be larger, and one that those ready can serve wants nobody.
+   So many are wanted as the crowds of late would have been worth (`crowds.py`): each of them would have spared
+   `crowd_share` of an hour's requests a wait beyond the target. The next crowd may be larger, so what that takes above
+   what usually comes is multiplied by `crowd_room`. After the idle time-out of nothing to do no crowd counts.
 6. Any live job that runs or waits wants one worker; so does any line of a batch. More lines want no more, however many
    run: they fill what live requests leave. A batch whose deadline needs more has a resource for itself.
-7. Down slowly: wanted is the highest need of the last `down_window_s`, and the highest of the crowds of
-   `crowd_windows` times as long; of one start time where that is longer (an idle worker is kept for as long as starting
-   it again would cost). After the idle time-out of nothing to do no crowd is remembered.
+7. Down slowly: wanted is the highest need of the last `down_window_s`; of one start time where that is longer (an idle
+   worker is kept for as long as starting it again would cost).
 8. The last worker is kept until nothing was done for the idle time-out; then, with a minimum of 0, none is wanted.
 9. Bounds hold whatever the rules say, also while blind: a lowered maximum is obeyed at once.
 """
@@ -31,6 +31,8 @@ import math
 
 import msgspec
 from msgspec import Struct
+
+from services.scheduler.crowds import SeenCrowds, worth_of
 
 REPORTS_STALE_S = 10.0
 SHORT_WAIT_S, LONG_WAIT_S = 1.0, 8.0
@@ -44,10 +46,16 @@ class Tuning(Struct, frozen=True, kw_only=True):
     short_wait_utilisation: float = 0.7
     """Where requests may wait for `SHORT_WAIT_S` only; between that and `LONG_WAIT_S` it grows evenly."""
     drain_target_s: float = 30.0
-    down_window_s: float = 200.0
+    down_window_s: float = 100.0
+    crowd_share: float = 0.04
+    """What one worker more has to be worth: a share of an hour's requests."""
     crowd_room: float = 1.5
     crowd_windows: float = 3.0
-    """Crowds are remembered for so many `down_window_s`."""
+    """Requests that crowds made late are forgotten with a time constant of so many `down_window_s`."""
+
+    @property
+    def forget_s(self) -> float:
+        return self.down_window_s * self.crowd_windows
 
 
 TUNING = Tuning()
@@ -71,6 +79,8 @@ class Load(Struct, frozen=True, kw_only=True):
     """Live jobs that workers hold and that do not run."""
     running_sequences: int = 0
     """Of live jobs."""
+    usually_running: float = 0.0
+    """Of live jobs, a running mean."""
     remaining_tokens: int = 0
     """What the running jobs may still generate at most, as their workers report it."""
     reports_age_s: float = 0.0
@@ -80,8 +90,8 @@ class Load(Struct, frozen=True, kw_only=True):
     arriving_tokens_per_s: float = 0.0
     worker_tokens_per_s: float | None = None
     """Of one worker with a full batch; None until measured."""
-    crowd_workers: int = 0
-    """The fewest with which nobody would wait longer than the resource's target, had they always been there."""
+    crowds: SeenCrowds | None = None
+    """Who would have waited for longer than the resource's target, with how many workers. None when nobody came."""
     swap_s: float = 0.0
     """What a job waits for its model, on average."""
 
@@ -102,7 +112,6 @@ class ScalingMemory(Struct, frozen=True, kw_only=True):
     busy_at: float
     """When there was work last."""
     needs: list[Need] = []
-    crowds: list[Need] = []
 
 
 class ScalingDecision(Struct, frozen=True, kw_only=True):
@@ -145,23 +154,31 @@ def decide_count(
     )
     why = _why(load, supply, steady, more)
     need = max(_whole(steady + more), 1 if has_work else 0)
-    crowd = load.crowd_workers if load.crowd_workers > need else 0
-    if crowd > max(supply.ready_workers, 1):
+    if load.crowds is not None and now - busy_at < idle_timeout_s:
         comes = load.arriving_tokens_per_s / load.worker_tokens_per_s / utilisation
-        crowd = max(_whole(comes + (crowd - comes) * tuning.crowd_room), crowd)
+        crowd, words = _for_crowds(load.crowds, comes, tuning)
+        if crowd > need:
+            need, why = crowd, f"{why}; {words}"
     needs = _remember(memory.needs, Need(now, need), now - max(tuning.down_window_s, supply.start_s))
-    remembered = memory.crowds if now - busy_at < idle_timeout_s else []
-    crowds = _remember(
-        remembered, Need(now, crowd), now - max(tuning.down_window_s * tuning.crowd_windows, supply.start_s)
-    )
-    count = max(needs[0].count, crowds[0].count)
-    if needs[0].count == count > need:
+    count = needs[0].count
+    if count > need:
         why += f"; {count} were needed {now - needs[0].at:.0f} s ago"
-    elif count > needs[0].count:
-        why += f"; {count} for a crowd such as that of {now - crowds[0].at:.0f} s ago"
-    kept = ScalingMemory(wanted=memory.wanted, busy_at=busy_at, needs=needs, crowds=crowds)
+    kept = ScalingMemory(wanted=memory.wanted, busy_at=busy_at, needs=needs)
     count, why = _idle(count, why, idle_timeout_s, kept, now)
     return _bounded(bounds, count, why, need, _drain_s(load, supply), kept)
+
+
+def _for_crowds(seen: SeenCrowds, comes: float, tuning: Tuning) -> tuple[int, str]:
+    """Return (workers, why). comes: workers for what usually comes."""
+    worth = worth_of(seen, tuning.crowd_share)
+    if worth.workers <= 1:
+        return 0, ""
+    count = max(_whole(comes + (worth.workers - comes) * tuning.crowd_room), worth.workers)
+    words = (
+        f"{count} for crowds: with {worth.workers - 1} the last ones would have kept {worth.late_with_one_less:.0f}"
+        f" of {seen.requests:.0f} requests waiting for too long"
+    )
+    return count, words
 
 
 def utilisation_for(target_wait_s: float, tuning: Tuning) -> float:
@@ -182,7 +199,7 @@ def _need(
     arriving, start_s = load.arriving_tokens_per_s, supply.start_s
     waiting = (ready_messages + load.waiting_jobs) * load.job_tokens
     steady = arriving / worker_tokens_per_s / utilisation
-    steady = max(steady, load.running_sequences / supply.max_batch)
+    steady = max(steady, load.usually_running / supply.max_batch)
     # By when a new one is ready and has its model, those there have had as long without the swap that they wait for, too.
     served_s = supply.ready_workers * start_s + sum(min(age, start_s) for age in supply.starting_ages_s)
     left = max(waiting + arriving * start_s - served_s * worker_tokens_per_s, 0.0) if waiting else 0.0

@@ -96,11 +96,13 @@ async def note_scaling(connection: Connection, resource_id: str, scaling: NoteSc
     measured = scaling.measured
     await connection.execute(
         """UPDATE scheduler.resources SET wanted_count = $2, wanted_why = $3,
-               job_tokens = coalesce($4, job_tokens), worker_tokens_per_s = coalesce($5, worker_tokens_per_s)
+               job_tokens = coalesce($4, job_tokens), worker_tokens_per_s = coalesce($5, worker_tokens_per_s),
+               crowds = coalesce($6, crowds)
            WHERE resource_id = $1 AND wanted = 'on'""",
         resource_id,
         scaling.memory.wanted,
         scaling.words[:500],
         measured.job_tokens if measured is not None else None,
         measured.worker_tokens_per_s if measured is not None else None,
+        msgspec.json.encode(scaling.crowds).decode() if scaling.crowds is not None else None,
     )

@@ -20,8 +20,10 @@ class SchedulerSettings(CommonSettings):
     """A large model on a cold disk takes minutes; a worker that takes longer is given up."""
     lost_after_s: float = env("ROUNDHOUSE_LOST_AFTER_S", 8.0, low=2.0, high=300.0)
     """Eight missed reports: longer than a loaded host stalls a process, shorter than a client waits."""
-    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 200.0, low=1.0, high=3600.0)
-    """Autoscaling goes down to the highest need of so long, and keeps three times as long what a crowd would have wanted."""
+    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 100.0, low=1.0, high=3600.0)
+    """Autoscaling goes down to the highest need of so long, and forgets crowds with a time constant three times as long."""
+    crowd_share: float = env("ROUNDHOUSE_CROWD_SHARE", 0.04, low=0.001, high=1.0)
+    """What a GPU that is kept for crowds has to be worth: the share of an hour's requests that would have waited too long without it."""
     drain_grace_s: float = env("ROUNDHOUSE_DRAIN_GRACE_S", 900.0, low=1.0, high=7200.0)
     """A drain cuts no job, so this is longer than any job's deadline."""
 
@@ -35,5 +37,5 @@ class SchedulerSettings(CommonSettings):
             start_timeout_s=self.start_timeout_s,
             lost_after_s=self.lost_after_s,
             drain_grace_s=self.drain_grace_s,
-            scaling=Tuning(down_window_s=self.scale_down_s),
+            scaling=Tuning(down_window_s=self.scale_down_s, crowd_share=self.crowd_share),
         )

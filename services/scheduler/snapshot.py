@@ -9,6 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from services.scheduler.actions import Action, GrantPlace, SendStop
+from services.scheduler.crowds import SeenCrowds
 from services.scheduler.load_meter import Measured
 from services.scheduler.quotas import QuotaBook
 from services.scheduler.reconcile import reconcile
@@ -65,6 +66,7 @@ class StoredResource(Struct, frozen=True, kw_only=True):
     wanted_count: int | None = None
     job_tokens: float | None = None
     worker_tokens_per_s: float | None = None
+    crowds: SeenCrowds | None = None
 
 
 class StoredPlace(Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from services.scheduler.actions import (
     SetBounds,
     SetResource,
 )
+from services.scheduler.crowds import SeenCrowds
 from services.scheduler.holds import end_holds
 from services.scheduler.preload import models_to_preload
 from services.scheduler.snapshot import Decided, Stored, StoredPlace, StoredResource
@@ -54,7 +55,8 @@ _RESOURCES = """
     SELECT r.resource_id, r.team_id, r.model_type, r.option_id, r.pool, r.wanted, r.fixed_count, r.state, r.reason,
            round(extract(epoch FROM r.expected_live_at), 3)::float8 AS expected_live_at,
            r.autoscaling, r.min_count, r.max_count, r.idle_timeout_s, r.target_wait_s, r.windows, r.scaling_version, r.min_now, r.max_now,
-           r.window_now, r.wanted_count, r.job_tokens, r.worker_tokens_per_s, extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
+           r.window_now, r.wanted_count, r.job_tokens, r.worker_tokens_per_s, r.crowds,
+           extract(epoch FROM r.bounds_until)::float8 AS bounds_until,
            o.device_kind, o.precision, o.max_batch, o.max_context_tokens, o.kv_tokens, o.hourly_rate_nanousd,
            f.failures, extract(epoch FROM f.last_failure_at)::float8 AS last_failure_at,
            coalesce(f.last_failure, '') AS last_failure, usual.start_s::float8 AS usual_start_s,
@@ -214,7 +216,8 @@ class Store:
 def _resource(row: asyncpg.Record) -> StoredResource:
     columns = dict(row)
     windows = msgspec.json.decode(columns.pop("windows"), type=list[ScalingWindow])
-    return StoredResource(windows=windows, **columns)
+    crowds = msgspec.json.decode(columns.pop("crowds") or "null", type=SeenCrowds | None)
+    return StoredResource(windows=windows, crowds=crowds, **columns)
 
 
 def _only_sends(action: Action, view: ResourceView) -> bool:

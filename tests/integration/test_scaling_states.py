@@ -128,7 +128,7 @@ class World:
         lease = Lease(self.database, new_id("sch"), 60.0)
         assert await lease.ensure()
         self.store = Store(self.database, lease)
-        self.keeper = ScalingKeeper(self.depths)  # type: ignore[arg-type]
+        self.keeper = ScalingKeeper(self.depths, LIMITS.scaling)  # type: ignore[arg-type]
         self.starts_sent, self.stops_sent = {}, {}
 
     async def command(self, make: type[SchedulerCommand], **fields: Any) -> dict[str, Any]:

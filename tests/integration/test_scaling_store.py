@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from services.scheduler.actions import FreePlace, GrantPlace, SetBounds
+from services.scheduler.actions import FreePlace, GrantPlace, NoteScaling, SetBounds
+from services.scheduler.crowds import SeenCrowds
+from services.scheduler.load_meter import LoadMeter, Measured
+from services.scheduler.scaling_policy import ScalingMemory
 from services.scheduler.scaling_settings import Bounds
-from services.scheduler.snapshot import Decided, Heard, Memory, decide_all
+from services.scheduler.snapshot import Decided, Heard, Memory, StoredResource, decide_all
 from services.scheduler.views import Limits
 from services.scheduler.writes import StaleView
 from shared.messages import ScaleResource, ScalingWindow, SetQuota, SetScaling, TurnOnResource
@@ -212,3 +215,24 @@ async def test_two_teams_have_quotas_of_their_own_and_share_the_platforms(tables
         " GROUP BY team_id ORDER BY team_id"
     )
     assert [tuple(each) for each in taken] == [("t1", 2), ("t2", 2)]
+
+
+async def test_what_autoscaling_has_learned_is_there_for_the_next_leader(tables: Tables) -> None:
+    resource_id = await tables.resource(count=1)
+    await set_scaling(tables, resource_id)
+    await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
+    memory = ScalingMemory(wanted=2, busy_at=1.0)
+    crowds = SeenCrowds(at=1_700_000_000.125, requests=120.5, late=[30.25, 4.0])
+    measured = Measured(job_tokens=50.0, worker_tokens_per_s=400.0)
+
+    async def note(measured: Measured | None, crowds: SeenCrowds | None) -> StoredResource:
+        await tables.apply(NoteScaling(memory, measured, crowds, "2 wanted", note=True, record=False))
+        (stored,) = (await tables.store.load()).resources
+        return stored
+
+    stored = await note(measured, crowds)
+    assert (stored.wanted_count, stored.job_tokens, stored.worker_tokens_per_s) == (2, 50.0, 400.0)
+    assert stored.crowds == crowds
+    # Of one that is new and has seen nothing yet, nothing is lost.
+    assert (await note(None, None)).crowds == crowds
+    assert LoadMeter(8, measured, stored.crowds).load().crowds == crowds

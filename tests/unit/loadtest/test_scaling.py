@@ -102,8 +102,9 @@ def test_ours_follows_steps_up_at_once_and_down_after_its_window_without_flappin
     outcome = World(machine, TRACES["steps"]()).run(Ours((1, 16), TUNING), 1, 3600.0)
     taken = [count for at, _, count, _ in outcome.samples if 1400 <= at < 2400]
     assert min(taken) >= 3, "too few for the busy time"
-    window_s = TUNING.down_window_s * TUNING.crowd_windows
-    ends = [count for at, _, count, _ in outcome.samples if at > 2400 + window_s + 120]
+    ends = [
+        count for at, _, count, _ in outcome.samples if at > 2400 + TUNING.down_window_s + 3 * TUNING.forget_s
+    ]
     assert max(ends) <= 2, "still as many as in the busy time"
     changes = sum(a != b for a, b in itertools.pairwise(taken[20:]))
     assert changes <= 6, f"{changes} changes at a constant load"

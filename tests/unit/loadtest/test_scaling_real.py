@@ -19,10 +19,10 @@ def test_arrivals_are_the_same_each_time_and_come_in_crowds() -> None:
 
 def test_simulated_waits_follow_what_was_seen_of_starts_and_tokens() -> None:
     jobs = list(arrivals(180.0, 5))
-    waits_s = simulate(jobs, 15.0, 0.04, 180.0)
+    waits_s = simulate(jobs, 20.0, 0.04, 180.0)
     assert len(waits_s) == len(jobs) and waits_s[0] == 0.0, "one worker is ready at the beginning"
     assert sum(simulate(jobs, 3.0, 0.04, 180.0)) < 0.5 * sum(waits_s)
-    assert sum(simulate(jobs, 15.0, 0.02, 180.0)) < 0.5 * sum(waits_s)
+    assert sum(simulate(jobs, 20.0, 0.02, 180.0)) < 0.5 * sum(waits_s)
 
 
 @pytest.mark.parametrize(

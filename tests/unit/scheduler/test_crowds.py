@@ -1,66 +1,121 @@
-"""Backlogs in thought, for each number of workers; and what swaps cost a job."""
+"""Queues in thought, for each number of workers; and what swaps cost a job."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.crowds import Crowds
+from services.scheduler.crowds import HOUR_S, Crowds, SeenCrowds, Worth, worth_of
 from services.scheduler.swap_cost import mean_swap_s
 from shared.messages import ModelHistory, WorkerReport
 
+FORGET_S = 300.0
 
-def after(*steps: tuple[float, float]) -> Crowds:
-    """(tokens that arrive, seconds that pass), of workers that do ten tokens a second."""
-    crowds = Crowds(4)
-    for arrived, passed_s in steps:
-        crowds.pass_time(arrived, passed_s, 10.0, 100.0)
+
+def after(*steps: tuple[float, float], wait_s: float = 5.0) -> Crowds:
+    """(requests that come, seconds that pass); each is a second's work of one worker."""
+    crowds, now = Crowds(4), 0.0
+    for requests, passed_s in steps:
+        now += passed_s
+        crowds.pass_time(requests, requests, now, passed_s, wait_s, FORGET_S)
     return crowds
 
 
-def test_too_few_for_hours_are_not_behind_for_hours_afterwards() -> None:
-    crowds = Crowds(4)
-    for _ in range(3600):
-        crowds.pass_time(35.0, 1.0, 10.0, 5.0)
-    assert crowds.least_workers(5.0, 10.0) == 4
-    for _ in range(15):
-        crowds.pass_time(0.0, 1.0, 10.0, 5.0)
-    assert crowds.least_workers(5.0, 10.0) == 0
+def late(crowds: Crowds) -> list[float]:
+    seen = crowds.seen()
+    return [] if seen is None else [round(each, 1) for each in seen.late]
 
 
 @pytest.mark.parametrize(
-    ("crowds", "wait_s", "workers"),
+    ("crowds", "expected"),
     [
-        (after(), 5, 0),
-        (after((9, 1)), 5, 0),  # done as it came
-        (after((100, 1)), 5, 2),  # two have 80 left, four seconds each
-        (after((100, 1)), 9, 1),
-        (after((100, 1)), 0.1, 4),  # none are enough: the most
-        (after((100, 1), (0, 5)), 4, 1),
-        (after((100, 1), (0, 9)), 5, 0),
-        # Two small crowds that come before the first is done are one large one.
-        (after((60, 1), (60, 1)), 5, 2),
-        (after((60, 1), (0, 5), (60, 1)), 5, 1),
+        (after(), []),
+        (after((1, 1)), []),  # done as it came
+        (after((6, 1)), []),
+        # Of ten, one worker does one as they come; four of the others wait longer than five seconds.
+        (after((10, 1)), [4.0]),
+        (after((30, 1)), [24.0, 18.0, 12.0, 6.0]),
+        (after((10, 1), wait_s=2.0), [7.0, 4.0, 1.0]),
+        # What is done meanwhile waits for none.
+        (after((10, 1), (0, 5)), [3.9]),
+        # The second crowd comes before the first is done, or after.
+        (after((10, 1), (10, 1)), [13.9, 6.0]),
+        (after((10, 1), (0, 5), (10, 1)), [11.9]),
+        (after((10, 1), (0, 20), (10, 1)), [7.7]),
     ],
 )
-def test_the_fewest_that_would_have_done(crowds: Crowds, wait_s: float, workers: int) -> None:
-    assert crowds.least_workers(wait_s, 10.0) == workers
+def test_who_is_late_with_how_many(crowds: Crowds, expected: list[float]) -> None:
+    assert late(crowds) == pytest.approx(expected, abs=0.11)
 
 
-@given(
-    st.lists(st.tuples(st.floats(-100, 1e5), st.floats(0.1, 60)), max_size=30),
-    st.floats(0.1, 100),
-    st.floats(0.1, 100),
+def test_the_late_are_forgotten_in_minutes_and_how_many_came_in_an_hour() -> None:
+    before, after_it = after((100, 1)).seen(), after((100, 1), (0, FORGET_S)).seen()
+    assert before is not None and after_it is not None
+    assert after_it.late[0] == pytest.approx(before.late[0] / math.e, rel=0.01)
+    assert after_it.requests == pytest.approx(before.requests * math.exp(-FORGET_S / HOUR_S), rel=0.01)
+    assert after((100, 1), (0, 1e6)).seen() is None
+
+
+def test_too_few_for_hours_are_not_behind_for_hours_afterwards() -> None:
+    hour = [(3.5, 1.0)] * 3600
+    ended, later = after(*hour, (0, 11)), after(*hour, (0, 11), (4, 1))
+    assert len(late(ended)) == 3, "four workers do what comes"
+    grown = [a - b for a, b in zip(late(later), late(ended), strict=True)]
+    assert max(grown) <= 0, "one that comes after the end waits for none of those before it"
+
+
+def seen(requests: float, *late: float) -> SeenCrowds:
+    return SeenCrowds(at=0.0, requests=requests, late=list(late))
+
+
+@pytest.mark.parametrize(
+    ("crowds", "least_share", "worth"),
+    [
+        (seen(1000), 0.01, Worth(1, 0.0)),
+        (seen(1000, 9), 0.01, Worth(1, 0.0)),
+        (seen(1000, 11), 0.01, Worth(2, 11.0)),
+        (seen(1000, 100, 50, 25, 12), 0.01, Worth(5, 12.0)),
+        (seen(1000, 100, 50, 20, 9), 0.01, Worth(4, 20.0)),
+        # A second one alone is not worth it, nor is a third; three more together spare 32 late answers.
+        (seen(1000, 32, 25, 18), 0.01, Worth(4, 18.0)),
+        (seen(1000, 29, 25, 18), 0.01, Worth(1, 0.0)),
+        (seen(10_000, 100, 50, 25, 12), 0.01, Worth(1, 0.0)),
+        (seen(0), 0.01, Worth(1, 0.0)),
+    ],
 )
-def test_who_may_wait_longer_wants_no_more(
-    steps: list[tuple[float, float]], one_s: float, other_s: float
+def test_as_many_as_were_worth_it(crowds: SeenCrowds, least_share: float, worth: Worth) -> None:
+    assert worth_of(crowds, least_share) == worth
+
+
+times = st.lists(st.tuples(st.integers(0, 10_000), st.floats(0.1, 60)), max_size=30)
+
+
+@given(times, st.floats(0.1, 100), st.floats(0.001, 1), st.floats(0.001, 1))
+def test_more_workers_are_late_with_fewer_and_who_asks_for_more_gets_fewer(
+    steps: list[tuple[float, float]], wait_s: float, one: float, other: float
 ) -> None:
-    crowds = after(*steps)
-    shorter, longer = sorted((one_s, other_s))
-    assert 4 >= crowds.least_workers(shorter, 10.0) >= crowds.least_workers(longer, 10.0) >= 0
+    found = after(*steps, wait_s=wait_s).seen()
+    if found is None:
+        return
+    assert found.late == sorted(found.late, reverse=True)
+    less, more = sorted((one, other))
+    assert 5 >= worth_of(found, less).workers >= worth_of(found, more).workers >= 1
+
+
+def test_the_next_leader_goes_on_with_what_was_seen() -> None:
+    first = after((100, 1), (0, 60), (50, 1))
+    found = first.seen()
+    assert found is not None
+    second = Crowds(4, msgspec.json.decode(msgspec.json.encode(found), type=SeenCrowds))
+    for crowds in (first, second):
+        crowds.pass_time(0, 0, 200.0, 138.0, 5.0, FORGET_S)
+    assert late(second) == pytest.approx(late(first), abs=0.1)
+    assert second.seen() == msgspec.structs.replace(first.seen(), late=second.seen().late)  # type: ignore[union-attr,type-var]
 
 
 def history(**counts: Any) -> ModelHistory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -150,17 +151,51 @@ def test_a_nearly_full_batch_tells_more_of_a_full_one_than_an_empty_one_does() -
     assert meter.load().worker_tokens_per_s == pytest.approx(400, rel=0.1)
 
 
-@pytest.mark.parametrize(("wait_s", "workers"), [(10.0, 6), (20.0, 3), (3600.0, 1)])
-def test_a_crowd_wants_as_many_as_would_have_kept_every_wait_below_the_target(
-    wait_s: float, workers: int
+@pytest.mark.parametrize(("wait_s", "late"), [(10.0, [49.0, 38.0, 27.0, 16.0, 5.0]), (20.0, [39.0, 18.0])])
+def test_a_crowd_is_late_with_fewer_workers_than_would_have_kept_every_wait_below_the_target(
+    wait_s: float, late: list[float]
 ) -> None:
-    known = Measured(job_tokens=100.0, worker_tokens_per_s=100.0)
-    meter = LoadMeter(max_batch=8, known=known)
+    meter = LoadMeter(max_batch=8, known=Measured(job_tokens=100.0, worker_tokens_per_s=100.0))
     meter.look({}, 0, 0, 0.0, 0.0, wait_s=wait_s)
-    assert meter.load().crowd_workers == 0
+    assert meter.load().crowds is None
     meter.look({}, 60, 0, 0.0, 1.0, wait_s=wait_s)  # a minute's work of one worker
-    assert meter.load().crowd_workers == workers
-    # As its real queue stays, nothing more comes: in thought it is done after a minute, even by one.
-    for second in range(2, 62):
+    seen = meter.load().crowds
+    assert seen is not None and seen.requests == 60.0 and seen.late == pytest.approx(late)
+    # As its real queue stays, nothing more comes: nobody more is late, and they are forgotten.
+    for second in range(2, 302):
         meter.look({}, 60, 0, 0.0, float(second), wait_s=wait_s)
-    assert meter.load().crowd_workers == 0
+    now = meter.load().crowds
+    assert now is not None and now.late == pytest.approx([each / math.e for each in seen.late], rel=0.01)
+    # Another leader has seen them, too.
+    other = LoadMeter(8, meter.measured(), now)
+    other.look({}, 0, 0, 0.0, 400.0)
+    assert other.load().crowds == now
+
+
+def test_the_jobs_of_a_worker_that_died_are_no_crowd_when_they_come_back() -> None:
+    def after_death(new: int) -> list[float]:
+        meter = LoadMeter(max_batch=8, known=Measured(job_tokens=100.0, worker_tokens_per_s=100.0))
+        for second in range(60):
+            held = report(held_jobs=min(second, 40))
+            meter.look({"i": held}, 0, 0, 0.0, float(second))
+        before = meter.load().crowds
+        assert before is not None and not before.late
+        meter.look({}, 0, 0, 0.0, 60.0)
+        meter.look({}, 40 + new, 0, 0.0, 61.0)
+        seen = meter.load().crowds
+        assert seen is not None and seen.requests == pytest.approx(40 + new, rel=0.02)
+        return seen.late
+
+    assert after_death(new=0) == []
+    assert after_death(new=30) == pytest.approx([19.0, 8.0], abs=0.7)
+
+
+def test_what_usually_runs_follows_in_a_minute() -> None:
+    meter = LoadMeter(max_batch=8)
+    for second in range(60):
+        meter.look({"i": report(held_jobs=8, running_sequences=8)}, 0, 0, 0.0, float(second))
+        assert meter.load().running_sequences == 8
+    assert meter.load().usually_running == pytest.approx(8 * (1 - 1 / math.e), rel=0.02)
+    for second in range(60, 360):
+        meter.look({"i": report()}, 0, 0, 0.0, float(second))
+    assert meter.load().usually_running < 0.1

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.scheduler.crowds import SeenCrowds
 from services.scheduler.scaling_policy import (
     Load,
     Need,
@@ -21,7 +22,7 @@ from services.scheduler.scaling_policy import (
 )
 
 NOW = 10_000.0
-TUNING = Tuning(utilisation=0.8, drain_target_s=10.0, down_window_s=180.0, crowd_room=1.5, crowd_windows=2.5)
+TUNING = Tuning(utilisation=0.8, drain_target_s=10.0, down_window_s=180.0, crowd_room=1.5, crowd_share=0.01)
 CALM = Load(
     ready_messages=0,
     reports_age_s=1.0,
@@ -50,12 +51,19 @@ def decide(
     idle_s: float = 1.0,
     bounds: tuple[int, int] = (0, 8),
     needs: list[Need] | None = None,
-    crowds: list[Need] | None = None,
     now: float = NOW,
     target_wait_s: float = 10.0,
 ) -> ScalingDecision:
-    memory = ScalingMemory(wanted=wanted, busy_at=now - idle_s, needs=needs or [], crowds=crowds or [])
+    memory = ScalingMemory(wanted=wanted, busy_at=now - idle_s, needs=needs or [])
     return decide_count(load, supply, bounds, 300.0, memory, now, TUNING, target_wait_s=target_wait_s)
+
+
+def crowds(*late: float, requests: float = 1000.0) -> SeenCrowds:
+    """Ten late requests are worth a worker."""
+    return SeenCrowds(at=NOW, requests=requests, late=list(late))
+
+
+FOUR_WORTH = crowds(90.0, 60.0, 30.0)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +95,10 @@ def test_who_may_wait_less_finds_more_room(target_wait_s: float, utilisation: fl
         (decide(load(arriving_tokens_per_s=170.0)), 3, "2.1 workers"),
         (decide(load(arriving_tokens_per_s=160.0)), 2, "2.0 workers"),
         # What runs counts in full batches: two streams with hours to go keep one worker, nine want two.
-        (decide(load(running_sequences=2), idle_s=9999.0), 1, "0.2 workers"),
-        (decide(load(running_sequences=9), supply(ready_workers=2), wanted=2), 2, "1.1 workers"),
+        (decide(load(running_sequences=2, usually_running=2.0), idle_s=9999.0), 1, "0.2 workers"),
+        (decide(load(running_sequences=9, usually_running=9.0), supply(ready_workers=2), wanted=2), 2, "1.1 workers"),
+        # That all are full for a moment keeps one.
+        (decide(load(running_sequences=16), supply(ready_workers=2), wanted=2), 1, "0.0 workers"),
         # From zero in one step: 300 s of work in 10 s, though nothing is known of arrivals.
         (decide(load(ready_messages=70), NONE, wanted=0), 7, "7.0 for what will still wait in 60 s"),
         (decide(load(ready_messages=1), NONE, wanted=0), 1, ""),
@@ -105,19 +115,18 @@ def test_who_may_wait_less_finds_more_room(target_wait_s: float, utilisation: fl
         # A swap delays what waits on a worker that is there as on a new one: it starts nobody.
         (decide(load(ready_messages=60, swap_s=30.0)), 1, "0.0 workers"),
         (decide(load(ready_messages=80, swap_s=30.0)), 2, "2.0 for what will still wait in 90 s"),
-        # A crowd that those wanted can serve wants nobody; a larger one half as many again above the steady need.
-        (decide(load(crowd_workers=4), supply(ready_workers=4), wanted=4), 4, "4 for a crowd such as that of 0 s ago"),
-        (decide(load(crowd_workers=4), wanted=3), 6, "6 for a crowd"),
-        (decide(load(crowd_workers=4, arriving_tokens_per_s=160.0), wanted=3), 5, "5 for a crowd"),
-        (decide(load(crowd_workers=2, arriving_tokens_per_s=320.0), wanted=1), 4, "4.0 workers"),
-        # Above what usually comes, not above what a crowd makes run
-        (decide(load(crowd_workers=3, running_sequences=16), supply(ready_workers=2), wanted=2), 5, "5 for a crowd"),
-        (decide(load(crowd_workers=64), wanted=3), 8, "cut to the maximum of 8"),
-        (decide(load(), wanted=5, crowds=[Need(NOW - 449, 5)]), 5, "5 for a crowd such as that of 449 s ago"),
-        (decide(load(), wanted=5, crowds=[Need(NOW - 451, 5)]), 1, "the last worker is kept"),
-        (decide(load(), supply(start_s=900.0), wanted=5, crowds=[Need(NOW - 601, 5)]), 5, "5 for a crowd"),
-        (decide(load(), wanted=5, idle_s=299.0, crowds=[Need(NOW - 299, 5)]), 5, "5 for a crowd"),
-        (decide(load(), wanted=5, idle_s=300.0, crowds=[Need(NOW - 299, 5)]), 0, "nothing to do for 300 s"),
+        # Crowds that four would have been worth want half as many again above the steady need.
+        (decide(load(crowds=FOUR_WORTH), supply(ready_workers=6), wanted=6), 6, "with 3 the last ones would have kept 30 of 1000"),
+        (decide(load(crowds=FOUR_WORTH), wanted=3), 6, "6 for crowds"),
+        (decide(load(crowds=FOUR_WORTH, arriving_tokens_per_s=160.0), wanted=3), 5, "2.0 workers; 5 for crowds"),
+        (decide(load(crowds=crowds(90.0), arriving_tokens_per_s=320.0), wanted=1), 4, "4.0 workers"),
+        # What usually comes was more than they were worth: no less than that for them.
+        (decide(load(crowds=FOUR_WORTH, arriving_tokens_per_s=400.0), wanted=3), 5, "5.0 workers"),
+        (decide(load(crowds=crowds(9.0)), wanted=3), 1, "the last worker is kept"),
+        (decide(load(crowds=crowds(90.0, 60.0, 30.0, requests=9000.0)), wanted=3), 1, "the last worker is kept"),
+        (decide(load(crowds=crowds(*(900.0 - 11 * n for n in range(64)))), wanted=3), 8, "cut to the maximum of 8"),
+        (decide(load(crowds=FOUR_WORTH), wanted=5, idle_s=299.0), 6, "6 for crowds"),
+        (decide(load(crowds=FOUR_WORTH), wanted=5, idle_s=300.0), 0, "nothing to do for 300 s"),
         # Batch jobs want one worker, and no more
         (decide(load(batch_messages=10_000), NONE, wanted=0), 1, ""),
         (decide(load(), NONE, wanted=0, idle_s=9999.0), 0, ""),
@@ -166,7 +175,14 @@ loads = st.builds(
     job_tokens=st.floats(0, 1e4),
     arriving_tokens_per_s=st.floats(0, 1e4),
     worker_tokens_per_s=st.none() | st.floats(1, 1e4),
-    crowd_workers=st.integers(0, 64),
+    usually_running=st.floats(0, 100),
+    crowds=st.none()
+    | st.builds(
+        SeenCrowds,
+        at=st.just(NOW),
+        requests=st.floats(0, 1e5),
+        late=st.lists(st.floats(0, 1e4), max_size=64).map(lambda late: sorted(late, reverse=True)),
+    ),
     swap_s=st.floats(0, 60),
 )
 supplies = st.builds(
@@ -210,7 +226,7 @@ def test_a_constant_load_does_not_flap(load: Load, supply: Supply, looks: int) -
         decision = decide_count(load, supply, (0, 12), 300.0, memory, NOW + look, TUNING)
         memory = msgspec.structs.replace(decision.memory, busy_at=NOW + look)
         seen.append(decision.wanted)
-        assert len(memory.needs) <= 1 and len(memory.crowds) <= 2
+        assert len(memory.needs) <= 2
     assert len(set(seen[1:])) == 1
 
 
