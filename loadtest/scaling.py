@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -22,14 +25,18 @@ from loadtest.scaling_simulation import Arrival, Machine, Outcome, Scaler, World
 from loadtest.scaling_traces import HOUR_S, TRACES
 from services.scheduler.scaling_policy import TUNING
 
+RULES = ("ours", "keda", "ray", "fixed")
 LIMIT_S = 20.0
 STARTS_S = (60.0, 300.0)
 MOST = 16
 LEAST = (1, 3, 4, 5, 6, 8)
-TARGETS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-WAITS_S = (1.0, 3.0, 6.0, 8.0, 10.0, 12.0, 14.0, 17.0)
+TARGETS = (
+    *(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5),
+    *(6.0, 6.5, 7.0, 7.5, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 16.0),
+)
+WAITS_S = (1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0, 15.0)
 """A request that waits longer than 17 s is late in any case."""
-DOWN_S = (100.0, 300.0)
+CROWD_SHARES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.25)
 MISSES = (0.002, 0.01, 0.03)
 """Shares of late requests at which hours are compared."""
 SHARES = (0.001, 0.1)
@@ -46,6 +53,9 @@ class Point:
     late: float
 
 
+NONE_SO_GOOD = Point("none", math.inf, 1.0)
+
+
 def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
     """All settings of a rule that are tried: (name, the rule, workers at the beginning)."""
     if rule == "fixed":
@@ -59,10 +69,10 @@ def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
             case "ray":
                 yield from ((f"min {least}, target {t:g}", RayServe(bounds, t), least) for t in TARGETS)
             case "ours":
-                for wait_s, down_s in itertools.product(WAITS_S, DOWN_S):
-                    tuning = msgspec.structs.replace(TUNING, down_window_s=down_s)
+                for wait_s, share in itertools.product(WAITS_S, CROWD_SHARES):
+                    tuning = msgspec.structs.replace(TUNING, crowd_share=share)
                     yield (
-                        f"min {least}, wait {wait_s:g} s, down {down_s:g} s",
+                        f"min {least}, wait {wait_s:g} s, share {share:g}",
                         Ours(bounds, tuning, wait_s),
                         least,
                     )
@@ -81,12 +91,23 @@ def play(arrivals: Sequence[Arrival], start_s: float, scaler: Scaler, initially:
     return World(Machine(start_s=start_s), arrivals).run(scaler, initially, HOUR_S)
 
 
-def try_all(arrivals: Sequence[Arrival], start_s: float, rule: str) -> list[Point]:
-    points = []
-    for name, scaler, initially in settings(rule):
-        outcome = play(arrivals, start_s, scaler, initially)
-        points.append(Point(name, outcome.hours, outcome.share_over(LIMIT_S)))
-    return points
+@cache
+def arrivals_of(trace: str, draw: int) -> list[Arrival]:
+    return TRACES[trace](draw)
+
+
+def try_one(trace: str, draw: int, start_s: float, setting: str, scaler: Scaler, initially: int) -> Point:
+    outcome = play(arrivals_of(trace, draw), start_s, scaler, initially)
+    return Point(setting, outcome.hours, outcome.share_over(LIMIT_S))
+
+
+def try_all(pool: Executor, trace: str, draw: int, start_s: float) -> dict[str, list[Point]]:
+    """Every setting of every rule; each is one process's work."""
+    tried = {
+        rule: [pool.submit(try_one, trace, draw, start_s, *setting) for setting in settings(rule)]
+        for rule in RULES
+    }
+    return {rule: [each.result() for each in points] for rule, points in tried.items()}
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -108,8 +129,8 @@ def compare(name: str, by_rule: dict[str, list[Point]]) -> list[Row]:
     rows = []
     others = [point for rule, points in by_rule.items() if rule != "ours" for point in points]
     for late in MISSES:
-        ours, theirs = hours_at(by_rule["ours"], late), hours_at(others, late)
-        if ours is None or theirs is None:
+        ours, theirs = hours_at(by_rule["ours"], late) or NONE_SO_GOOD, hours_at(others, late)
+        if theirs is None:
             continue
         label = f"{name}, at most {late:.1%} late"
         rows.append(Row(label, "GPU h", ours.hours, theirs.hours, theirs.hours / ours.hours, FLOOR, TARGET))
@@ -123,11 +144,17 @@ def compare(name: str, by_rule: dict[str, list[Point]]) -> list[Row]:
 def closest(ours: Sequence[Point], others: Sequence[Point]) -> tuple[Point, Point] | None:
     """(theirs, ours) where they need the fewest hours beside ours, of all shares of `SHARES`."""
     pairs = [
-        (theirs, found)
+        (theirs, hours_at(ours, theirs.late) or NONE_SO_GOOD)
         for theirs in frontier(others)
-        if SHARES[0] <= theirs.late <= SHARES[1] and (found := hours_at(ours, theirs.late)) is not None
+        if SHARES[0] <= theirs.late <= SHARES[1]
     ]
     return min(pairs, key=lambda pair: pair[0].hours / pair[1].hours, default=None)
+
+
+def show(case: str, by_rule: dict[str, list[Point]]) -> None:
+    for rule, points in by_rule.items():
+        best = "  ".join(f"{p.late:.2%}/{p.hours:.2f}h [{p.setting}]" for p in frontier(points)[:6])
+        print(f"{case:22s} {rule:6s} {best}", flush=True)
 
 
 def draw(by_case: dict[str, dict[str, list[Point]]], moving: dict[str, Outcome], path: Path) -> None:
@@ -150,27 +177,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.scaling", description=__doc__)
     parser.add_argument("--traces", nargs="+", choices=sorted(TRACES), default=list(TRACES))
     parser.add_argument("--starts", nargs="+", type=float, default=list(STARTS_S), metavar="SECONDS")
+    parser.add_argument("--draw", type=int, default=0, help="another draw of the made-up arrivals")
     parser.add_argument("--png", type=Path, metavar="FILE", help="curves, and workers and queue over time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows: list[Row] = []
     by_case: dict[str, dict[str, list[Point]]] = {}
     moving: dict[str, Outcome] = {}
-    for trace in arguments.traces:
-        arrivals = TRACES[trace]()
-        rows.append(Row(f"{trace}: the work itself", "GPU h", work_hours(arrivals, Machine(start_s=0.0))))
-        for start_s in arguments.starts:
-            case = f"{trace}, start {start_s:g} s"
-            by_rule = {rule: try_all(arrivals, start_s, rule) for rule in ("ours", "keda", "ray", "fixed")}
-            by_case[case] = by_rule
-            for rule, points in by_rule.items():
-                best = "  ".join(f"{p.late:.2%}/{p.hours:.2f}h [{p.setting}]" for p in frontier(points)[:6])
-                print(f"{case:22s} {rule:6s} {best}", flush=True)
-            rows += compare(case, by_rule)
-            default = play(arrivals, start_s, Ours((1, MOST), TUNING), 1)
-            moving[case] = default
-            rows.append(Row(f"{case}, defaults: late", "%", 100 * default.share_over(LIMIT_S)))
-            rows.append(Row(f"{case}, defaults: hours", "GPU h", default.hours))
+    with ProcessPoolExecutor() as pool:
+        for trace in arguments.traces:
+            arrivals = arrivals_of(trace, arguments.draw)
+            rows.append(Row(f"{trace}: the work itself", "GPU h", work_hours(arrivals, Machine(start_s=0.0))))
+            for start_s in arguments.starts:
+                case = f"{trace}, start {start_s:g} s"
+                by_case[case] = try_all(pool, trace, arguments.draw, start_s)
+                show(case, by_case[case])
+                rows += compare(case, by_case[case])
+                default = play(arrivals, start_s, Ours((1, MOST), TUNING), 1)
+                moving[case] = default
+                rows.append(Row(f"{case}, defaults: late", "%", 100 * default.share_over(LIMIT_S)))
+                rows.append(Row(f"{case}, defaults: hours", "GPU h", default.hours))
     print_table(rows)
     if arguments.json:
         write_json(rows, arguments.json)

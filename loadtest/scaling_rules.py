@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loadtest.scaling_simulation import World
 from services.scheduler.load_meter import LoadMeter
-from services.scheduler.scaling_policy import ScalingMemory, Supply, Tuning, decide_count
+from services.scheduler.scaling_policy import ScalingMemory, Supply, Tuning, crowd_terms, decide_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,12 @@ class Ours:
                     running_sequences=len(worker.jobs),
                 )
         self._meter.look(
-            reports, len(world.waiting), 0, 0.0, now, wait_s=self._wait_s, forget_s=self._tuning.forget_s
+            reports,
+            len(world.waiting),
+            0,
+            0.0,
+            now,
+            terms=crowd_terms(self._wait_s, self._tuning),
         )
         supply = Supply(
             ready_workers=len(world.ready(now)),

@@ -61,10 +61,13 @@ def _poisson(rate: Callable[[float], float], highest: float, seed: int) -> list[
     return arrivals
 
 
-TRACES: dict[str, Callable[[], list[Arrival]]] = {
-    "conv": lambda: azure("conv"),
-    "code": lambda: azure("code"),
-    "steps": steps,
-    "ramp": ramp,
-    "storms": storms,
+DRAWS = 1000
+"""Apart from each other, so that no two loads of any draw come from one seed."""
+TRACES: dict[str, Callable[[int], list[Arrival]]] = {
+    "conv": lambda draw: azure("conv"),
+    "code": lambda draw: azure("code"),
+    "steps": lambda draw: steps(1 + DRAWS * draw),
+    "ramp": lambda draw: ramp(2 + DRAWS * draw),
+    "storms": lambda draw: storms(3 + DRAWS * draw),
 }
+"""By a draw: made-up arrivals differ with it, at the same rates and of the same sizes; those of real services do not."""

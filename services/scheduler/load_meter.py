@@ -15,7 +15,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from services.scheduler.crowds import Crowds, SeenCrowds
+from services.scheduler.crowds import TERMS, Crowds, SeenCrowds, Terms
 from services.scheduler.scaling_policy import Load
 from services.scheduler.scaling_settings import MAX_COUNT
 
@@ -99,12 +99,10 @@ class LoadMeter:
         reports_age_s: float,
         now: float,
         *,
-        wait_s: float = 10.0,
-        forget_s: float = 300.0,
+        terms: Terms = TERMS,
         swap_s: float = 0.0,
     ) -> None:
-        """workers: the latest report of each worker that lives, by incarnation. wait_s: what a request may wait, by the
-        resource's settings. forget_s: see `crowds.py`. swap_s: what a job waits for its model."""
+        """workers: the latest report of each worker that lives, by incarnation. swap_s: what a job waits for its model."""
         left = 0
         for incarnation, counters in workers.items():
             # Of one that is new to us its past is known too, and is no arrival.
@@ -125,8 +123,8 @@ class LoadMeter:
             came = max(arrived - self._gone, 0.0)
             self._gone = max(self._gone - arrived, 0.0) * (1 - share)
             if rate := self._worker_tokens_per_s():
-                work_s = came * self._mean_job_tokens() / rate
-                self._crowds.pass_time(came, work_s, now, passed_s, wait_s, forget_s)
+                request_s = self._mean_job_tokens() / rate
+                self._crowds.pass_time(came, request_s, now, passed_s, terms)
         self._in_hand, self._looked_at = in_hand, now
 
     def _take(self, now: Counters, before: Counters | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from services.scheduler.actions import NoteScaling
 from services.scheduler.load_meter import LoadMeter, Measured
 from services.scheduler.queue_depths import QueueDepths
-from services.scheduler.scaling_policy import Need, ScalingMemory, Tuning
+from services.scheduler.scaling_policy import Need, ScalingMemory, Tuning, crowd_terms
 from services.scheduler.snapshot import Heard, ScalingState, Stored, StoredPlace, StoredResource
 from services.scheduler.states import PlaceState
 from services.scheduler.swap_cost import mean_swap_s
@@ -19,7 +19,7 @@ from shared.messages import WorkerReport
 class ScalingKeeper:
     def __init__(self, depths: QueueDepths, tuning: Tuning) -> None:
         self._depths = depths
-        self._forget_s = tuning.forget_s
+        self._tuning = tuning
         self._meters: dict[str, LoadMeter] = {}
         self._memories: dict[str, ScalingMemory] = {}
         self._noted_at: dict[str, float] = {}
@@ -73,8 +73,7 @@ class ScalingKeeper:
             0 if depth is None else depth.batch,
             oldest_s,
             now,
-            wait_s=resource.target_wait_s,
-            forget_s=self._forget_s,
+            terms=crowd_terms(resource.target_wait_s, self._tuning),
             swap_s=mean_swap_s(reports.values()),
         )
         memory = self._memories.get(resource_id)

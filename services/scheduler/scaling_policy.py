@@ -6,11 +6,11 @@ the matter, the rest work together.
 2. Throughput never measured: one worker if there is any work, else hold.
 3. Steady need: arriving work, at the utilisation aimed at; or what usually runs, in full batches, where that is more (long
    streams, of which none arrived lately). Both are means of a minute: that a crowd fills all workers for a moment says
-   nothing about how many are needed. The utilisation is lower where requests may wait for less than `LONG_WAIT_S`: what
-   comes while a worker starts, and what chance sends at once, then has to fit into those that are there.
+   nothing about how many are needed. The utilisation, in crowds (5) too, is lower where requests may wait for less than
+   `LONG_WAIT_S`: what comes while a worker starts, and what chance sends at once, then has to fit into those that are there.
 4. Waiting work that the workers there (and those on their way) will not have done by the time that a new one could be
-   ready and have its model: so much more that it is drained in `drain_target_s` from then on. What they will have done
-   by then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
+   ready and have its model: so much more that it is drained in `drain_target_s` from then on, or in `drain_starts` of a
+   start where that is longer (how much comes until then is known the less the longer it is). What they will have done by then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
    a model as a new one would, but not for its own start, so what merely waits for a swap starts nobody.
    Both are counted in workers, so one step goes to what is needed, also from zero.
 5. Crowds: a worker that is started for a crowd comes too late for one that is shorter than a start, but not for the next.
@@ -32,7 +32,7 @@ import math
 import msgspec
 from msgspec import Struct
 
-from services.scheduler.crowds import SeenCrowds, worth_of
+from services.scheduler.crowds import SeenCrowds, Terms, worth_of
 
 REPORTS_STALE_S = 10.0
 SHORT_WAIT_S, LONG_WAIT_S = 1.0, 8.0
@@ -46,16 +46,13 @@ class Tuning(Struct, frozen=True, kw_only=True):
     short_wait_utilisation: float = 0.7
     """Where requests may wait for `SHORT_WAIT_S` only; between that and `LONG_WAIT_S` it grows evenly."""
     drain_target_s: float = 30.0
+    drain_starts: float = 0.5
     down_window_s: float = 100.0
-    crowd_share: float = 0.04
+    crowd_share: float = 0.015
     """What one worker more has to be worth: a share of an hour's requests."""
     crowd_room: float = 1.5
     crowd_windows: float = 3.0
     """Requests that crowds made late are forgotten with a time constant of so many `down_window_s`."""
-
-    @property
-    def forget_s(self) -> float:
-        return self.down_window_s * self.crowd_windows
 
 
 TUNING = Tuning()
@@ -149,14 +146,12 @@ def decide_count(
         count, why = _idle(count, why, idle_timeout_s, kept, now)
         return _bounded(bounds, count, why, None, None, kept)
     utilisation = utilisation_for(target_wait_s, tuning)
-    steady, more = _need(
-        load, supply, load.ready_messages, load.worker_tokens_per_s, utilisation, tuning.drain_target_s
-    )
+    drain_s = max(tuning.drain_target_s, supply.start_s * tuning.drain_starts)
+    steady, more = _need(load, supply, load.ready_messages, load.worker_tokens_per_s, utilisation, drain_s)
     why = _why(load, supply, steady, more)
     need = max(_whole(steady + more), 1 if has_work else 0)
     if load.crowds is not None and now - busy_at < idle_timeout_s:
-        comes = load.arriving_tokens_per_s / load.worker_tokens_per_s / utilisation
-        crowd, words = _for_crowds(load.crowds, comes, tuning)
+        crowd, words = _for_crowds(load, load.crowds, load.worker_tokens_per_s * utilisation, tuning)
         if crowd > need:
             need, why = crowd, f"{why}; {words}"
     needs = _remember(memory.needs, Need(now, need), now - max(tuning.down_window_s, supply.start_s))
@@ -168,17 +163,27 @@ def decide_count(
     return _bounded(bounds, count, why, need, _drain_s(load, supply), kept)
 
 
-def _for_crowds(seen: SeenCrowds, comes: float, tuning: Tuning) -> tuple[int, str]:
-    """Return (workers, why). comes: workers for what usually comes."""
+def _for_crowds(load: Load, seen: SeenCrowds, done_tokens_per_s: float, tuning: Tuning) -> tuple[int, str]:
+    """Return (workers, why). done_tokens_per_s: what is asked of a worker."""
     worth = worth_of(seen, tuning.crowd_share)
     if worth.workers <= 1:
         return 0, ""
+    comes = max(load.arriving_tokens_per_s, seen.usual_per_s * load.job_tokens) / done_tokens_per_s
     count = max(_whole(comes + (worth.workers - comes) * tuning.crowd_room), worth.workers)
     words = (
         f"{count} for crowds: with {worth.workers - 1} the last ones would have kept {worth.late_with_one_less:.0f}"
         f" of {seen.requests:.0f} requests waiting for too long"
     )
     return count, words
+
+
+def crowd_terms(target_wait_s: float, tuning: Tuning) -> Terms:
+    return Terms(
+        wait_s=target_wait_s,
+        utilisation=utilisation_for(target_wait_s, tuning),
+        least_share=tuning.crowd_share,
+        forget_s=tuning.down_window_s * tuning.crowd_windows,
+    )
 
 
 def utilisation_for(target_wait_s: float, tuning: Tuning) -> float:
@@ -193,7 +198,7 @@ def _need(
     ready_messages: int,
     worker_tokens_per_s: float,
     utilisation: float,
-    drain_target_s: float,
+    drain_s: float,
 ) -> tuple[float, float]:
     """Return (workers for what comes, workers for what waits)."""
     arriving, start_s = load.arriving_tokens_per_s, supply.start_s
@@ -203,7 +208,7 @@ def _need(
     # By when a new one is ready and has its model, those there have had as long without the swap that they wait for, too.
     served_s = supply.ready_workers * start_s + sum(min(age, start_s) for age in supply.starting_ages_s)
     left = max(waiting + arriving * start_s - served_s * worker_tokens_per_s, 0.0) if waiting else 0.0
-    return steady, left / worker_tokens_per_s / drain_target_s
+    return steady, left / worker_tokens_per_s / drain_s
 
 
 def _why(load: Load, supply: Supply, steady: float, more: float) -> str:

@@ -22,7 +22,7 @@ class SchedulerSettings(CommonSettings):
     """Eight missed reports: longer than a loaded host stalls a process, shorter than a client waits."""
     scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 100.0, low=1.0, high=3600.0)
     """Autoscaling goes down to the highest need of so long, and forgets crowds with a time constant three times as long."""
-    crowd_share: float = env("ROUNDHOUSE_CROWD_SHARE", 0.04, low=0.001, high=1.0)
+    crowd_share: float = env("ROUNDHOUSE_CROWD_SHARE", 0.015, low=0.001, high=1.0)
     """What a GPU that is kept for crowds has to be worth: the share of an hour's requests that would have waited too long without it."""
     drain_grace_s: float = env("ROUNDHOUSE_DRAIN_GRACE_S", 900.0, low=1.0, high=7200.0)
     """A drain cuts no job, so this is longer than any job's deadline."""

@@ -222,7 +222,7 @@ async def test_what_autoscaling_has_learned_is_there_for_the_next_leader(tables:
     await set_scaling(tables, resource_id)
     await tables.run(TurnOnResource, team_id="t1", resource_id=resource_id)
     memory = ScalingMemory(wanted=2, busy_at=1.0)
-    crowds = SeenCrowds(at=1_700_000_000.125, requests=120.5, late=[30.25, 4.0])
+    crowds = SeenCrowds(at=1_700_000_000.125, requests=120.5, usual_per_s=0.25, late=[30.25, 4.0])
     measured = Measured(job_tokens=50.0, worker_tokens_per_s=400.0)
 
     async def note(measured: Measured | None, crowds: SeenCrowds | None) -> StoredResource:

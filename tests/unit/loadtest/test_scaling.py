@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import struct
 import zlib
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from loadtest.chart import HEIGHT, WIDTH, Line, Panel, write_png
-from loadtest.scaling import Point, closest, compare, frontier, hours_at, work_hours
+from loadtest.scaling import RULES, Point, closest, compare, frontier, hours_at, settings, work_hours
 from loadtest.scaling_rules import Fixed, Keda, Ours, RayServe
 from loadtest.scaling_simulation import Arrival, Machine, Worker, World
 from loadtest.scaling_traces import TRACES, azure
-from services.scheduler.scaling_policy import TUNING
+from services.scheduler.scaling_policy import TUNING, crowd_terms
 
 
 class At:
@@ -99,12 +100,11 @@ def test_ray_waits_thirty_seconds_to_go_up_and_six_hundred_to_go_down() -> None:
 
 def test_ours_follows_steps_up_at_once_and_down_after_its_window_without_flapping() -> None:
     machine = Machine(start_s=60.0)
-    outcome = World(machine, TRACES["steps"]()).run(Ours((1, 16), TUNING), 1, 3600.0)
+    outcome = World(machine, TRACES["steps"](0)).run(Ours((1, 16), TUNING), 1, 3600.0)
     taken = [count for at, _, count, _ in outcome.samples if 1400 <= at < 2400]
     assert min(taken) >= 3, "too few for the busy time"
-    ends = [
-        count for at, _, count, _ in outcome.samples if at > 2400 + TUNING.down_window_s + 3 * TUNING.forget_s
-    ]
+    forgotten = 2400 + 2 * crowd_terms(10.0, TUNING).forget_s
+    ends = [count for at, _, count, _ in outcome.samples if at > forgotten + 120]
     assert max(ends) <= 2, "still as many as in the busy time"
     changes = sum(a != b for a, b in itertools.pairwise(taken[20:]))
     assert changes <= 6, f"{changes} changes at a constant load"
@@ -142,6 +142,7 @@ def test_frontier_and_comparison() -> None:
     assert hours_at(points[:2], 0.005) is None
     rows = compare("x", {"ours": [Point("o", 4.0, 0.005)], "keda": points, "fixed": [Point("f", 4.4, 0.03)]})
     assert [(row.ours, row.theirs, row.ratio) for row in rows] == [
+        (math.inf, 9.0, 0.0),
         (4.0, 5.0, 1.25),
         (4.0, 4.0, 1.0),
         (4.0, 4.0, 1.0),
@@ -157,6 +158,21 @@ def test_others_come_closest_at_whatever_share_that_is() -> None:
     assert rows[-1].name == "x, where others come closest: 0.40% late"
     assert rows[-1].ratio == pytest.approx(5 / 6) and rows[-1].is_below_floor
     assert closest(ours, [Point("a", 9.0, 0.0005)]) is None, "two or three requests decide"
+    # Where no setting of ours is as good, whatever it costs, others are ahead.
+    rows = compare("x", {"ours": [Point("o", 1.0, 0.5)], "keda": theirs})
+    assert rows[-1].ratio == 0 and rows[-1].is_below_floor
+
+
+def test_both_sides_may_try_as_many_settings() -> None:
+    tried = {rule: [name for name, _, _ in settings(rule)] for rule in RULES}
+    assert len(tried["ours"]) == sum(len(names) for rule, names in tried.items() if rule != "ours")
+    assert all(len(set(names)) == len(names) for names in tried.values())
+
+
+def test_another_draw_makes_other_arrivals_of_the_same_kind() -> None:
+    first, second = TRACES["ramp"](0), TRACES["ramp"](1)
+    assert first[0] != second[0] and len(second) == pytest.approx(len(first), rel=0.05)
+    assert TRACES["ramp"](0) == first and TRACES["conv"](1) == TRACES["conv"](0)
 
 
 def test_a_picture_is_a_png_of_the_panels(tmp_path: Path) -> None:

@@ -10,19 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.crowds import HOUR_S, Crowds, SeenCrowds, Worth, worth_of
+from services.scheduler.crowds import HOUR_S, USUAL_S, Crowds, SeenCrowds, Terms, Worth, worth_of
 from services.scheduler.swap_cost import mean_swap_s
 from shared.messages import ModelHistory, WorkerReport
 
 FORGET_S = 300.0
 
 
-def after(*steps: tuple[float, float], wait_s: float = 5.0) -> Crowds:
+def after(*steps: tuple[float, float], **terms: float) -> Crowds:
     """(requests that come, seconds that pass); each is a second's work of one worker."""
     crowds, now = Crowds(4), 0.0
     for requests, passed_s in steps:
         now += passed_s
-        crowds.pass_time(requests, requests, now, passed_s, wait_s, FORGET_S)
+        crowds.pass_time(
+            requests,
+            1.0,
+            now,
+            passed_s,
+            Terms(**{"wait_s": 5.0, "least_share": 1.0, "forget_s": FORGET_S, **terms}),
+        )
     return crowds
 
 
@@ -41,6 +47,8 @@ def late(crowds: Crowds) -> list[float]:
         (after((10, 1)), [4.0]),
         (after((30, 1)), [24.0, 18.0, 12.0, 6.0]),
         (after((10, 1), wait_s=2.0), [7.0, 4.0, 1.0]),
+        # Each is two seconds' work of a worker that is to be half busy.
+        (after((10, 1), utilisation=0.5), [7.0, 4.0, 1.0]),
         # What is done meanwhile waits for none.
         (after((10, 1), (0, 5)), [3.9]),
         # The second crowd comes before the first is done, or after.
@@ -61,6 +69,21 @@ def test_the_late_are_forgotten_in_minutes_and_how_many_came_in_an_hour() -> Non
     assert after((100, 1), (0, 1e6)).seen() is None
 
 
+def test_no_worker_counts_for_more_than_some_times_what_it_has_to() -> None:
+    # Thirty came; with four workers six of them are late, with each fewer six more.
+    assert late(after((30, 1), least_share=0.03)) == [21.6, 16.2, 10.8, 5.4]  # 6 * 0.03 * 30
+    # However long too few would have been behind, they are forgotten as soon.
+    for seconds in (60, 600, 3600):
+        busy = [(3.5, 1.0)] * seconds
+        ends = [after(*busy, (0, 11 + since), least_share=0.02).seen() for since in (0, 2.2 * FORGET_S)]
+        assert [worth_of(seen, 0.02).workers for seen in ends if seen is not None] == [4, 1]
+
+
+def test_what_usually_comes_is_a_mean_of_minutes() -> None:
+    found = after(*[(3, 1)] * round(USUAL_S)).seen()
+    assert found is not None and found.usual_per_s == pytest.approx(3 * (1 - 1 / math.e), rel=0.01)
+
+
 def test_too_few_for_hours_are_not_behind_for_hours_afterwards() -> None:
     hour = [(3.5, 1.0)] * 3600
     ended, later = after(*hour, (0, 11)), after(*hour, (0, 11), (4, 1))
@@ -70,7 +93,7 @@ def test_too_few_for_hours_are_not_behind_for_hours_afterwards() -> None:
 
 
 def seen(requests: float, *late: float) -> SeenCrowds:
-    return SeenCrowds(at=0.0, requests=requests, late=list(late))
+    return SeenCrowds(at=0.0, requests=requests, usual_per_s=0.0, late=list(late))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +136,7 @@ def test_the_next_leader_goes_on_with_what_was_seen() -> None:
     assert found is not None
     second = Crowds(4, msgspec.json.decode(msgspec.json.encode(found), type=SeenCrowds))
     for crowds in (first, second):
-        crowds.pass_time(0, 0, 200.0, 138.0, 5.0, FORGET_S)
+        crowds.pass_time(0.0, 1.0, 200.0, 138.0, Terms())
     assert late(second) == pytest.approx(late(first), abs=0.1)
     assert second.seen() == msgspec.structs.replace(first.seen(), late=second.seen().late)  # type: ignore[union-attr,type-var]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from services.scheduler.crowds import Terms
 from services.scheduler.load_meter import LoadMeter, Measured
 from services.scheduler.scaling_policy import ScalingMemory, Supply, decide_count
 from shared.messages import WorkerReport
@@ -156,14 +157,16 @@ def test_a_crowd_is_late_with_fewer_workers_than_would_have_kept_every_wait_belo
     wait_s: float, late: list[float]
 ) -> None:
     meter = LoadMeter(max_batch=8, known=Measured(job_tokens=100.0, worker_tokens_per_s=100.0))
-    meter.look({}, 0, 0, 0.0, 0.0, wait_s=wait_s)
+    meter.look({}, 0, 0, 0.0, 0.0, terms=Terms(wait_s=wait_s, least_share=1.0))
     assert meter.load().crowds is None
-    meter.look({}, 60, 0, 0.0, 1.0, wait_s=wait_s)  # a minute's work of one worker
+    meter.look(
+        {}, 60, 0, 0.0, 1.0, terms=Terms(wait_s=wait_s, least_share=1.0)
+    )  # a minute's work of one worker
     seen = meter.load().crowds
     assert seen is not None and seen.requests == 60.0 and seen.late == pytest.approx(late)
     # As its real queue stays, nothing more comes: nobody more is late, and they are forgotten.
     for second in range(2, 302):
-        meter.look({}, 60, 0, 0.0, float(second), wait_s=wait_s)
+        meter.look({}, 60, 0, 0.0, float(second), terms=Terms(wait_s=wait_s, least_share=1.0))
     now = meter.load().crowds
     assert now is not None and now.late == pytest.approx([each / math.e for each in seen.late], rel=0.01)
     # Another leader has seen them, too.
@@ -181,7 +184,7 @@ def test_the_jobs_of_a_worker_that_died_are_no_crowd_when_they_come_back() -> No
         before = meter.load().crowds
         assert before is not None and not before.late
         meter.look({}, 0, 0, 0.0, 60.0)
-        meter.look({}, 40 + new, 0, 0.0, 61.0)
+        meter.look({}, 40 + new, 0, 0.0, 61.0, terms=Terms(least_share=1.0))
         seen = meter.load().crowds
         assert seen is not None and seen.requests == pytest.approx(40 + new, rel=0.02)
         return seen.late

@@ -17,12 +17,20 @@ from services.scheduler.scaling_policy import (
     ScalingMemory,
     Supply,
     Tuning,
+    crowd_terms,
     decide_count,
     utilisation_for,
 )
 
 NOW = 10_000.0
-TUNING = Tuning(utilisation=0.8, drain_target_s=10.0, down_window_s=180.0, crowd_room=1.5, crowd_share=0.01)
+TUNING = Tuning(
+    utilisation=0.8,
+    drain_target_s=10.0,
+    drain_starts=1 / 6,
+    down_window_s=180.0,
+    crowd_room=1.5,
+    crowd_share=0.01,
+)
 CALM = Load(
     ready_messages=0,
     reports_age_s=1.0,
@@ -58,9 +66,9 @@ def decide(
     return decide_count(load, supply, bounds, 300.0, memory, now, TUNING, target_wait_s=target_wait_s)
 
 
-def crowds(*late: float, requests: float = 1000.0) -> SeenCrowds:
+def crowds(*late: float, requests: float = 1000.0, usual_per_s: float = 0.0) -> SeenCrowds:
     """Ten late requests are worth a worker."""
-    return SeenCrowds(at=NOW, requests=requests, late=list(late))
+    return SeenCrowds(at=NOW, requests=requests, usual_per_s=usual_per_s, late=list(late))
 
 
 FOUR_WORTH = crowds(90.0, 60.0, 30.0)
@@ -76,6 +84,13 @@ def test_who_may_wait_less_finds_more_room(target_wait_s: float, utilisation: fl
     # 390 tokens/s, by workers of 100 that are kept so busy.
     wanted = decide(load(arriving_tokens_per_s=390.0), target_wait_s=1.0).wanted
     assert (wanted, decide(load(arriving_tokens_per_s=390.0)).wanted) == (6, 5)
+
+
+def test_crowds_are_counted_by_what_a_resource_lets_its_requests_wait() -> None:
+    tuning = msgspec.structs.replace(TUNING, short_wait_utilisation=0.5, crowd_windows=2.0)
+    terms = crowd_terms(4.5, tuning)
+    assert terms.utilisation == pytest.approx(0.65)
+    assert (terms.wait_s, terms.forget_s) == (4.5, 360.0)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +124,21 @@ def test_who_may_wait_less_finds_more_room(target_wait_s: float, utilisation: fl
         (decide(load(ready_messages=80)), 2, "2.0 for what will still wait"),
         (decide(load(ready_messages=60), supply(start_s=1.0)), 6, "5.9 for what will still wait in 1 s"),
         (decide(load(waiting_jobs=80)), 2, "2.0 for what will still wait"),
+        # In ten seconds, or in a sixth of a longer start.
+        (decide(load(ready_messages=1120), supply(start_s=120.0)), 8, "50.0 for what will still wait in 120 s"),
         # Those on their way count from when they will be ready: this one has half of its start behind it.
         (decide(load(ready_messages=80), supply(starting_ages_s=[30.0]), wanted=2), 1, ""),
         (decide(load(ready_messages=80), supply(starting_ages_s=[5.0]), wanted=2), 2, "1.5 for"),
         # A swap delays what waits on a worker that is there as on a new one: it starts nobody.
         (decide(load(ready_messages=60, swap_s=30.0)), 1, "0.0 workers"),
         (decide(load(ready_messages=80, swap_s=30.0)), 2, "2.0 for what will still wait in 90 s"),
-        # Crowds that four would have been worth want half as many again above the steady need.
-        (decide(load(crowds=FOUR_WORTH), supply(ready_workers=6), wanted=6), 6, "with 3 the last ones would have kept 30 of 1000"),
-        (decide(load(crowds=FOUR_WORTH), wanted=3), 6, "6 for crowds"),
+        # Crowds that four would have been worth want half as many again above what usually comes: now, or in the last minutes.
+        (decide(load(crowds=FOUR_WORTH), supply(ready_workers=6), wanted=6), 6, "6 for crowds: with 3 the last ones would have kept 30 of 1000"),
+        (decide(load(crowds=FOUR_WORTH), wanted=3), 6, "waiting for too long"),
         (decide(load(crowds=FOUR_WORTH, arriving_tokens_per_s=160.0), wanted=3), 5, "2.0 workers; 5 for crowds"),
+        (decide(load(crowds=crowds(90.0, 60.0, 30.0, usual_per_s=1.6)), wanted=3), 5, "0.0 workers; 5 for crowds"),
+        (decide(load(crowds=crowds(90.0, 60.0, 30.0, usual_per_s=8.0)), wanted=3), 4, "0.0 workers; 4 for crowds"),
         (decide(load(crowds=crowds(90.0), arriving_tokens_per_s=320.0), wanted=1), 4, "4.0 workers"),
-        # What usually comes was more than they were worth: no less than that for them.
         (decide(load(crowds=FOUR_WORTH, arriving_tokens_per_s=400.0), wanted=3), 5, "5.0 workers"),
         (decide(load(crowds=crowds(9.0)), wanted=3), 1, "the last worker is kept"),
         (decide(load(crowds=crowds(90.0, 60.0, 30.0, requests=9000.0)), wanted=3), 1, "the last worker is kept"),
@@ -181,6 +199,7 @@ loads = st.builds(
         SeenCrowds,
         at=st.just(NOW),
         requests=st.floats(0, 1e5),
+        usual_per_s=st.floats(0, 100),
         late=st.lists(st.floats(0, 1e4), max_size=64).map(lambda late: sorted(late, reverse=True)),
     ),
     swap_s=st.floats(0, 60),
