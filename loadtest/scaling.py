@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -51,9 +50,6 @@ class Point:
     setting: str
     hours: float
     late: float
-
-
-NONE_SO_GOOD = Point("none", math.inf, 1.0)
 
 
 def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
@@ -129,26 +125,33 @@ def compare(name: str, by_rule: dict[str, list[Point]]) -> list[Row]:
     rows = []
     others = [point for rule, points in by_rule.items() if rule != "ours" for point in points]
     for late in MISSES:
-        ours, theirs = hours_at(by_rule["ours"], late) or NONE_SO_GOOD, hours_at(others, late)
-        if theirs is None:
-            continue
-        label = f"{name}, at most {late:.1%} late"
-        rows.append(Row(label, "GPU h", ours.hours, theirs.hours, theirs.hours / ours.hours, FLOOR, TARGET))
+        if (theirs := hours_at(others, late)) is not None:
+            label = f"{name}, at most {late:.1%} late"
+            rows.append(_row(label, hours_at(by_rule["ours"], late), theirs, TARGET))
     if (worst := closest(by_rule["ours"], others)) is not None:
         theirs, ours = worst
-        label = f"{name}, where others come closest: {theirs.late:.2%} late"
-        rows.append(Row(label, "GPU h", ours.hours, theirs.hours, theirs.hours / ours.hours, FLOOR))
+        rows.append(_row(f"{name}, where others come closest: {theirs.late:.2%} late", ours, theirs))
     return rows
 
 
-def closest(ours: Sequence[Point], others: Sequence[Point]) -> tuple[Point, Point] | None:
+def _row(label: str, ours: Point | None, theirs: Point, target: float | None = None) -> Row:
+    hours = ours.hours if ours is not None else None
+    return Row(label, "GPU h", hours, theirs.hours, _ratio(theirs, ours), FLOOR, target)
+
+
+def _ratio(theirs: Point, ours: Point | None) -> float:
+    """Of hours; 0 where no setting of ours is as good, whatever it costs."""
+    return theirs.hours / ours.hours if ours is not None else 0.0
+
+
+def closest(ours: Sequence[Point], others: Sequence[Point]) -> tuple[Point, Point | None] | None:
     """(theirs, ours) where they need the fewest hours beside ours, of all shares of `SHARES`."""
     pairs = [
-        (theirs, hours_at(ours, theirs.late) or NONE_SO_GOOD)
+        (theirs, hours_at(ours, theirs.late))
         for theirs in frontier(others)
         if SHARES[0] <= theirs.late <= SHARES[1]
     ]
-    return min(pairs, key=lambda pair: pair[0].hours / pair[1].hours, default=None)
+    return min(pairs, key=lambda pair: _ratio(*pair), default=None)
 
 
 def show(case: str, by_rule: dict[str, list[Point]]) -> None:
