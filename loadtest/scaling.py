@@ -35,7 +35,8 @@ TARGETS = (
 )
 WAITS_S = (1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0, 15.0)
 """A request that waits longer than 17 s is late in any case."""
-CROWD_SHARES = (0.02, 0.03, 0.05, 0.08, 0.12, 0.25)
+CROWD_SHARES = (0.05, 0.15, 0.25)
+DOWN_S = (100.0, 150.0)
 MISSES = (0.002, 0.01, 0.03)
 """Shares of late requests at which hours are compared."""
 SHARES = (0.001, 0.1)
@@ -65,13 +66,10 @@ def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
             case "ray":
                 yield from ((f"min {least}, target {t:g}", RayServe(bounds, t), least) for t in TARGETS)
             case "ours":
-                for wait_s, share in itertools.product(WAITS_S, CROWD_SHARES):
-                    tuning = msgspec.structs.replace(TUNING, crowd_share=share)
-                    yield (
-                        f"min {least}, wait {wait_s:g} s, share {share:g}",
-                        Ours(bounds, tuning, wait_s),
-                        least,
-                    )
+                for wait_s, share, down_s in itertools.product(WAITS_S, CROWD_SHARES, DOWN_S):
+                    tuning = msgspec.structs.replace(TUNING, crowd_share=share, down_window_s=down_s)
+                    name = f"min {least}, wait {wait_s:g} s, share {share:g}, down {down_s:g} s"
+                    yield name, Ours(bounds, tuning, wait_s), least
     if rule == "ours":
         # Equal bounds are a fixed number: a setting like any other, and the policy is not even asked.
         yield from ((f"min and max {n}", Fixed(n), n) for n in range(1, MOST + 1))
