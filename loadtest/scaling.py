@@ -35,8 +35,8 @@ TARGETS = (
 )
 WAITS_S = (1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 12.0, 15.0)
 """A request that waits longer than 17 s is late in any case."""
-CROWD_SHARES = (0.05, 0.15, 0.25)
-DOWN_S = (100.0, 150.0)
+SHARES_DOWN_S = ((0.03, 100.0), (0.05, 100.0), (0.08, 100.0), (0.15, 100.0), (0.25, 150.0), (0.25, 300.0))
+"""(what a worker has to be worth, the time of going down): who keeps few workers for crowds may keep those for longer."""
 MISSES = (0.002, 0.01, 0.03)
 """Shares of late requests at which hours are compared."""
 SHARES = (0.001, 0.1)
@@ -66,7 +66,7 @@ def settings(rule: str) -> Iterator[tuple[str, Scaler, int]]:
             case "ray":
                 yield from ((f"min {least}, target {t:g}", RayServe(bounds, t), least) for t in TARGETS)
             case "ours":
-                for wait_s, share, down_s in itertools.product(WAITS_S, CROWD_SHARES, DOWN_S):
+                for wait_s, (share, down_s) in itertools.product(WAITS_S, SHARES_DOWN_S):
                     tuning = msgspec.structs.replace(TUNING, crowd_share=share, down_window_s=down_s)
                     name = f"min {least}, wait {wait_s:g} s, share {share:g}, down {down_s:g} s"
                     yield name, Ours(bounds, tuning, wait_s), least
