@@ -29,6 +29,8 @@ S = TypeVar("S", bound=CommonSettings)
 
 EXIT_SETTINGS = 78
 EXIT_FORCED = 70
+CANCEL_AGAIN_S = 10.0
+"""Longer than what a task does to end well."""
 
 
 class Lifetime:
@@ -93,9 +95,19 @@ async def _main(loaded: S, serve: Callable[[S, Lifetime], Awaitable[None]]) -> N
         await serve(loaded, life)
         log.info("service_stopping")
         life.stopping.set()
-        for task in group._tasks.copy():
-            task.cancel()
+        await _cancel_all(group)
     log.info("service_stopped")
+
+
+async def _cancel_all(group: asyncio.TaskGroup) -> None:
+    """Cancel what still runs, again and again: a cancellation that comes as a `wait_for` ends can be lost in Python 3.11, and
+    the service would never stop."""
+    while tasks := group._tasks.copy():
+        for task in tasks:
+            task.cancel()
+        _, left = await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
+        if left:
+            log.warning("tasks_cancelled_again", tasks=sorted(repr(task.get_coro()) for task in left))
 
 
 def _handle_signals(life: Lifetime) -> None:
