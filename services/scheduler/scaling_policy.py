@@ -10,7 +10,8 @@ the matter, the rest work together.
    `LONG_WAIT_S`: what comes while a worker starts, and what chance sends at once, then has to fit into those that are there.
 4. Waiting work that the workers there (and those on their way) will not have done by the time that a new one could be
    ready and have its model: so much more that it is drained in `drain_target_s` from then on, or in `drain_starts` of a
-   start where that is longer (how much comes until then is known the less the longer it is). What they will have done by then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
+   start where that is longer (how much comes until then is known the less the longer it is). What they will have done by
+   then wants nobody, for a new worker would come too late for it. Swap before scale: a worker that is there waits for
    a model as a new one would, but not for its own start, so what merely waits for a swap starts nobody.
    Both are counted in workers, so one step goes to what is needed, also from zero.
 5. Crowds: a worker that is started for a crowd comes too late for one that is shorter than a start, but not for the next.

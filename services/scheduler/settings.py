@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from services.scheduler.scaling_policy import Tuning
+from services.scheduler.scaling_policy import TUNING, Tuning
 from services.scheduler.views import Limits
 from shared.settings import CommonSettings, SettingsError, env
 
@@ -20,9 +20,9 @@ class SchedulerSettings(CommonSettings):
     """A large model on a cold disk takes minutes; a worker that takes longer is given up."""
     lost_after_s: float = env("ROUNDHOUSE_LOST_AFTER_S", 8.0, low=2.0, high=300.0)
     """Eight missed reports: longer than a loaded host stalls a process, shorter than a client waits."""
-    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", 100.0, low=1.0, high=3600.0)
+    scale_down_s: float = env("ROUNDHOUSE_SCALE_DOWN_S", TUNING.down_window_s, low=1.0, high=3600.0)
     """Autoscaling goes down to the highest need of so long, and forgets crowds with a time constant three times as long."""
-    crowd_share: float = env("ROUNDHOUSE_CROWD_SHARE", 0.015, low=0.001, high=1.0)
+    crowd_share: float = env("ROUNDHOUSE_CROWD_SHARE", TUNING.crowd_share, low=0.001, high=1.0)
     """What a GPU that is kept for crowds has to be worth: the share of an hour's requests that would have waited too long without it."""
     drain_grace_s: float = env("ROUNDHOUSE_DRAIN_GRACE_S", 900.0, low=1.0, high=7200.0)
     """A drain cuts no job, so this is longer than any job's deadline."""
