@@ -172,7 +172,7 @@ def _for_crowds(load: Load, seen: SeenCrowds, done_tokens_per_s: float, tuning: 
     comes = max(load.arriving_tokens_per_s, seen.usual_per_s * load.job_tokens) / done_tokens_per_s
     count = max(_whole(comes + (worth.workers - comes) * tuning.crowd_room), worth.workers)
     words = (
-        f"{count} for crowds: with {worth.workers - 1} the last ones would have kept {worth.late_with_one_less:.0f}"
+        f"{count} for crowds, as the next may be larger: with {worth.workers - 1} the last ones would have kept {worth.late_with_one_less:.0f}"
         f" of {seen.requests:.0f} requests waiting for too long"
     )
     return count, words

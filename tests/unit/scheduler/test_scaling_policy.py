@@ -133,7 +133,7 @@ def test_crowds_are_counted_by_what_a_resource_lets_its_requests_wait() -> None:
         (decide(load(ready_messages=60, swap_s=30.0)), 1, "0.0 workers"),
         (decide(load(ready_messages=80, swap_s=30.0)), 2, "2.0 for what will still wait in 90 s"),
         # Crowds that four would have been worth want half as many again above what usually comes: now, or in the last minutes.
-        (decide(load(crowds=FOUR_WORTH), supply(ready_workers=6), wanted=6), 6, "6 for crowds: with 3 the last ones would have kept 30 of 1000"),
+        (decide(load(crowds=FOUR_WORTH), supply(ready_workers=6), wanted=6), 6, "6 for crowds, as the next may be larger: with 3 the last ones would have kept 30 of 1000"),
         (decide(load(crowds=FOUR_WORTH), wanted=3), 6, "waiting for too long"),
         (decide(load(crowds=FOUR_WORTH, arriving_tokens_per_s=160.0), wanted=3), 5, "2.0 workers; 5 for crowds"),
         (decide(load(crowds=crowds(90.0, 60.0, 30.0, usual_per_s=1.6)), wanted=3), 5, "0.0 workers; 5 for crowds"),
