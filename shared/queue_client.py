@@ -6,11 +6,14 @@ It declares nothing and does not connect again by itself: whoever uses it publis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import aio_pika
 import aio_pika.abc
+import structlog
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelInvalidStateError
 
 from shared.broker import (
     PERSISTENT,
@@ -24,7 +27,9 @@ from shared.broker import (
 from shared.outcomes import Unavailable
 from shared.teams_broker import RawDelivery
 
-CONNECT_TIMEOUT_S = 10.0
+log = structlog.get_logger()
+
+CONNECT_TIMEOUT_S = SETTLE_TIMEOUT_S = 10.0
 
 
 class QueueClient:
@@ -34,6 +39,7 @@ class QueueClient:
         self._connection, self._exchange, self._reply_queue = connection, exchange, reply_queue
         self._confirmed: aio_pika.abc.AbstractChannel
         self._reading: aio_pika.abc.AbstractChannel
+        self._stop_consuming: Callable[[], Awaitable[object]] | None = None
 
     @classmethod
     async def open(cls, url: str, exchange: str, reply_queue: str, stack: AsyncExitStack) -> QueueClient:
@@ -44,8 +50,7 @@ class QueueClient:
             client = cls(connection, exchange, reply_queue)
             client._confirmed = await connection.channel(publisher_confirms=True, on_return_raises=True)
             client._reading = await connection.channel(publisher_confirms=False)
-            # Before the connection, and waited for: else acks that are on their way are lost with it.
-            stack.push_async_callback(close_channel, client._reading)
+            stack.push_async_callback(client._close_reading)
         return client
 
     async def publish(self, body: bytes) -> None:
@@ -62,7 +67,8 @@ class QueueClient:
         self._connection.close_callbacks.add(lambda *_: came.put_nowait(None))
         async with in_time(f"cannot read {self._reply_queue}"):
             queue = await self._reading.get_queue(self._reply_queue, ensure=False)
-            await queue.consume(came.put)
+            tag = await queue.consume(came.put)
+            self._stop_consuming = partial(queue.cancel, tag)
         while (raw := await came.get()) is not None:
             yield _delivery(raw)
         raise Unavailable("the connection to the queue is lost")
@@ -77,6 +83,29 @@ class QueueClient:
             if raw is None:
                 return
             yield _delivery(raw)
+
+    async def _close_reading(self) -> None:
+        """Wait until the broker has taken note of every ack, and close.
+
+        Acks have no answer. The broker's channel passes 32 of them on to a quorum queue; the others wait until the queue has
+        noted these, and are lost with the channel, although it was closed in order. But the queue answers in turn, and the
+        channel handles what came before an answer first: after one answer all acks are on their way, after two they are noted.
+        """
+        try:
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                if self._stop_consuming is not None:
+                    await self._stop_consuming()
+                queue = await self._reading.get_queue(self._reply_queue, ensure=False)
+                for _ in range(2):
+                    await queue.get(fail=False)  # what this takes lies there again afterwards
+        except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
+            log.warning(
+                "acks_unsure",
+                queue=self._reply_queue,
+                error=type(error).__name__,
+                effect="what was taken may come again",
+            )
+        await close_channel(self._reading)
 
 
 def _delivery(raw: aio_pika.abc.AbstractIncomingMessage) -> RawDelivery:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
+import structlog
 import typer
 
 from services.cli import batch, bench, billing, budgets, chat, models, prices, resources, size, usage
@@ -42,6 +44,11 @@ def _for_all(
 
 
 def main() -> int:
+    # Standard output is the answer's.
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     try:
         app(prog_name="roundhouse")
     except (CliError, SettingsError) as error:
