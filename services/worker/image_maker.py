@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -24,31 +25,51 @@ speed from answers, and who starts again after a crash has those of a whole queu
 _LOOK_S = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """is_loaded: by a load of the model, so that it is made whatever becomes of the model."""
+
+    ref: WeightsRef
+    folder: Path
+    weight_bytes: int
+    is_loaded: bool
+
+
 class ImageMaker:
     def __init__(self, store: ImageStore) -> None:
         self._store = store
-        self._waiting: asyncio.Queue[tuple[str, WeightsRef, Path, int]] = asyncio.Queue(MOST_WAITING)
-        self._asked: set[str] = set()
+        self._waiting: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
+        self._asked: dict[str, Asked] = {}
 
-    def ask(self, key: str, ref: WeightsRef, folder: Path, weight_bytes: int) -> None:
+    def ask(self, key: str, asked: Asked) -> None:
         """Idempotent while the image is waited for. What failed is tried again only when it is asked for again."""
-        if key in self._asked or self._waiting.full():
-            return
-        self._asked.add(key)
-        self._waiting.put_nowait((key, ref, folder, weight_bytes))
+        if key in self._asked:
+            if asked.is_loaded:
+                self._asked[key] = asked
+        elif not self._waiting.full():
+            self._asked[key] = asked
+            self._waiting.put_nowait(key)
+
+    def withdraw_others(self, keys: Collection[str]) -> None:
+        """Of models that were asked for in advance only these are still wanted: another one may be deleted."""
+        self._asked = {key: each for key, each in self._asked.items() if each.is_loaded or key in keys}
 
     async def run(self, is_busy: Callable[[], bool]) -> None:
         """Make what is asked for, until cancelled. is_busy: whether the worker has jobs at the moment."""
         while True:
-            key, ref, folder, weight_bytes = await self._waiting.get()
-            try:
+            key = await self._waiting.get()
+            if key in self._asked:
                 await _quiet(is_busy)
-                await self._store.make(key, folder, weight_bytes)
+            if (asked := self._asked.get(key)) is None:
+                continue
+            try:
+                await self._store.make(key, asked.folder, asked.weight_bytes)
             except (ImageNotMade, OSError) as error:
                 # The model is served from its folder, slower.
+                ref = asked.ref
                 log.warning("image_not_made", model_id=ref.model_id, revision=ref.revision, reason=str(error))
             finally:
-                self._asked.discard(key)
+                self._asked.pop(key, None)
 
 
 async def _quiet(is_busy: Callable[[], bool]) -> None:

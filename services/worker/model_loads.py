@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
@@ -21,7 +21,7 @@ from services.worker.engine import ModelInfo, ModelRefusal
 from services.worker.engine.images.image_file import ImageDamaged
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
-from services.worker.image_maker import ImageMaker
+from services.worker.image_maker import Asked, ImageMaker
 from services.worker.image_store import HeldImage, ImageStore
 from services.worker.model_files import ModelUnavailable, content_id, read_manifest, verify_files
 from services.worker.pull_snapshot import ModelKey
@@ -59,7 +59,8 @@ class ModelLoads:
             with contextlib.suppress(FileNotFoundError):
                 return await self._load_image(ref, image)
         info = await self._load_folder(ref, folder)
-        self._ask_image(key, ref, folder)
+        if self._maker is not None:
+            self._maker.ask(key, Asked(ref, folder, self.file_bytes(ref), is_loaded=True))
         return info
 
     async def unload(self, key: ModelKey) -> None:
@@ -75,13 +76,23 @@ class ModelLoads:
         self._discard(image)
         self._take_out(ref, reason)
 
-    def prepare(self, ref: WeightsRef) -> None:
-        """Have an image made of a model that may be asked for, if there is none. Raises `ModelUnavailable`."""
-        if self._images is not None and _base(ref) is None:
-            folder = self._folder(ref)
-            key = self._images.key(content_id(ref, folder))
-            if not self._images.has(key):
-                self._ask_image(key, ref, folder)
+    def prepare(self, refs: Iterable[ModelRef]) -> None:
+        """Have images made of these models, which may be asked for, and of no others but those that are loaded."""
+        if self._images is None or self._maker is None:
+            return
+        wanted = set()
+        for ref in refs:
+            if _base(ref) is not None:
+                continue
+            try:
+                folder = self._folder(ref)
+                key = self._images.key(content_id(ref, folder))
+                wanted.add(key)
+                if not self._images.has(key):
+                    self._maker.ask(key, Asked(ref, folder, self.file_bytes(ref), is_loaded=False))
+            except ModelUnavailable as error:
+                log.warning("image_not_prepared", model_id=ref.model_id, reason=str(error))
+        self._maker.withdraw_others(wanted)
 
     async def make_images(self, is_busy: Callable[[], bool]) -> None:
         """Make what is asked for, until cancelled; see `ImageMaker.run`."""
@@ -130,10 +141,6 @@ class ModelLoads:
         # Nobody knows since when it differs.
         self._engine.forget_prefixes()
         self._on_damage(ref, reason)
-
-    def _ask_image(self, key: str, ref: WeightsRef, folder: Path) -> None:
-        if self._maker is not None:
-            self._maker.ask(key, ref, folder, self.file_bytes(ref))
 
     def _folder(self, ref: WeightsRef) -> Path:
         folder = (self._store / ref.folder).resolve()

@@ -156,7 +156,7 @@ class Worker:
         group.create_task(self._size_window())
         await self._taking.start()
         self._reporter.enter("ready")
-        self._prepare_images()
+        self._loads.prepare(self._pins.known)
 
     async def _preload(self) -> ModelRef | None:
         """Make a pinned model, or the likeliest one, resident before the worker is ready; the others follow by themselves."""
@@ -185,14 +185,6 @@ class Worker:
             log.error("preload_failed", model_id=ref.model_id, reason=str(error))
             return False
         return True
-
-    def _prepare_images(self) -> None:
-        """Of models that jobs may name: who asks for one first does not wait for its conversion."""
-        for ref in self._pins.known:
-            try:
-                self._loads.prepare(ref)
-            except ModelUnavailable as error:
-                log.warning("image_not_prepared", model_id=ref.model_id, reason=str(error))
 
     async def drain(self) -> None:
         """Take no more, give back what has not begun, finish the rest. Idempotent; returns when nothing is left."""
@@ -501,7 +493,7 @@ class Worker:
                 is_new = incarnation == self.spec.incarnation and pins.version != self._pins.version
                 if is_new and self.phase not in ("draining", "drained"):
                     self._pins.replace(pins)
-                    self._prepare_images()
+                    self._loads.prepare(self._pins.known)
                     self._reporter.report_now()
                     self._wake.set()
 

@@ -110,8 +110,8 @@ async def test_the_first_load_is_from_the_folder_and_the_next_from_the_image_mad
 
 async def test_a_model_that_may_be_asked_for_gets_its_image_before(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
-        bench.loads.prepare(REF)
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
+        bench.loads.prepare([REF])
         await bench.image()
         (bench.folder / "model.safetensors").unlink()
         await bench.loads.load(REF)
@@ -138,7 +138,7 @@ async def test_what_was_computed_is_kept_while_a_model_is_away_until_one_is_foun
 
 async def test_a_damaged_image_takes_the_model_out_and_the_next_try_has_the_folder(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
         path = await bench.image()
         damage(path)
         with pytest.raises(ModelUnavailable, match="image is damaged"):
@@ -202,7 +202,7 @@ async def test_a_vanished_file_is_not_served_and_comes_back_with_it(tmp_path: Pa
 
 async def test_a_resident_models_image_is_held_until_it_is_evicted(tmp_path: Path) -> None:
     async with running(tmp_path) as bench:
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
         await bench.image()
         await bench.loads.load(REF)
         assert [each.is_held for each in bench.images._stored()] == [True]
@@ -213,7 +213,7 @@ async def test_a_resident_models_image_is_held_until_it_is_evicted(tmp_path: Pat
 async def test_a_second_load_into_the_same_place_is_refused_and_holds_nothing(tmp_path: Path) -> None:
     """Two at once: one is ready, the other says so, and an eviction frees all of it."""
     async with running(tmp_path) as bench:
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
         await bench.image()
         outcomes = await asyncio.gather(*(bench.loads.load(REF) for _ in range(2)), return_exceptions=True)
         assert sorted(type(each).__name__ for each in outcomes) == ["ModelInfo", "ValueError"]
@@ -231,7 +231,7 @@ async def test_the_canary_is_asked_once_in_a_process(tmp_path: Path, monkeypatch
             return load_image(handle, path, key, ask_canary=ask_canary)
 
         monkeypatch.setattr(bench.engine, "load_image", spy)
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
         await bench.image()
         for _ in range(3):
             await bench.loads.load(REF)
@@ -243,7 +243,7 @@ async def test_an_image_that_is_removed_between_its_choice_and_its_load_is_not_m
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(tmp_path) as bench:
-        bench.loads.prepare(REF)
+        bench.loads.prepare([REF])
         path = await bench.image()
         hold = bench.images.hold
 
