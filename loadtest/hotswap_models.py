@@ -25,7 +25,6 @@ from loadtest.engine_models import BENCH, BenchModel
 from services.worker.engine import EngineConfig
 from services.worker.engine.images.convert import convert
 from services.worker.image_store import ImageStore
-from services.worker.model_files import content_id
 from shared.messages import ModelRef
 from shared.model_files import ModelFolderLimits
 from shared.model_folder import inspect_model_folder
@@ -136,7 +135,7 @@ def _ensure_fine_tune(
     signature = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["signature"]
     ref = ModelRef(model_id=name, revision=1, name=f"bench/{name}", folder=f"{name}/1", signature=signature)
     images = ImageStore(home / "images", IMAGES_LIMIT_BYTES, config)
-    key = images.key(content_id(ref, folder))
+    key = images.key(ref, folder)
     return FineTune(ref, folder, home / "images" / f"{key}.image", key)
 
 
@@ -146,7 +145,7 @@ def _remove_strange_images(home: Path, config: EngineConfig) -> None:
     wanted = set()
     for folder in (home / "store").glob("*/1"):
         ref = ModelRef(model_id=folder.parent.name, revision=1, name="", folder="", signature="")
-        wanted.add(images.key(content_id(ref, folder)))
+        wanted.add(images.key(ref, folder))
     for image in (home / "images").glob("*.image"):
         if image.stem not in wanted:
             image.unlink()

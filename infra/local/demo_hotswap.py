@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,8 @@ def run(layout: Layout, strengths: Sequence[float] = STRENGTHS) -> None:
     url, key, admin_key = read_env(layout)
     platform = ManagementApi(url, admin_key, timeout_s=REGISTER_LIMIT_S)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=ASK_LIMIT_S)
-    known = images_of(layout)
-    with registered_mixes(platform, layout, strengths) as names:
-        run_rounds(client, names, lambda: wait_for_images(layout, known, len(names)))
+    with registered_mixes(platform, layout, strengths) as model_ids:
+        run_rounds(client, list(model_ids), lambda: wait_for_images(layout, model_ids.values()))
 
 
 def read_env(layout: Layout) -> tuple[str, str, str]:
@@ -84,10 +83,10 @@ def read_env(layout: Layout) -> tuple[str, str, str]:
 @contextmanager
 def registered_mixes(
     platform: ManagementApi, layout: Layout, strengths: Sequence[float]
-) -> Iterator[list[str]]:
-    """Registered while the block runs; those of a demo that was killed go first."""
+) -> Iterator[dict[str, str]]:
+    """Registered while the block runs, their ids by name; those of a demo that was killed go first."""
     _remove(platform, layout)
-    images_before = images_of(layout)
+    model_ids: dict[str, str] = {}
     try:
         with step("fine-tunes made"):
             folders = [
@@ -98,19 +97,21 @@ def registered_mixes(
         with step("registered over the API"):
             for folder in folders:
                 body = {"name": folder.name, "path": folder.name, "model_type": MODEL_TYPE}
-                platform.post("/api/models", body, team=TEAM)
-        yield [f"{TEAM}/{folder.name}" for folder in folders]
+                made = platform.post("/api/models", body, team=TEAM)
+                model_ids[made["name"]] = made["model_id"]
+        yield model_ids
     finally:
         with step("removed again"):
             _remove(platform, layout)
-            for image in images_of(layout) - images_before:
-                image.unlink(missing_ok=True)
 
 
 def _remove(platform: ManagementApi, layout: Layout) -> None:
-    for model in list(platform.list("/api/models", team=TEAM)):
-        if model["name"].startswith(f"{TEAM}/{PREFIX}"):
-            platform.delete(f"/api/models/{model['model_id']}", team=TEAM)
+    models = platform.list("/api/models", team=TEAM)
+    model_ids = [model["model_id"] for model in models if model["name"].startswith(f"{TEAM}/{PREFIX}")]
+    for model_id in model_ids:
+        platform.delete(f"/api/models/{model_id}", team=TEAM)
+    for image in images_of(layout, model_ids):
+        image.unlink(missing_ok=True)
     for folder in layout.models.glob(f"{PREFIX}*"):
         shutil.rmtree(folder)
 
@@ -180,18 +181,20 @@ def shorten(text: str) -> str:
     return words if len(words) <= SHOWN_CHARACTERS else words[: SHOWN_CHARACTERS - 1] + "…"
 
 
-def images_of(layout: Layout) -> set[Path]:
+def images_of(layout: Layout, model_ids: Iterable[str]) -> set[Path]:
     """Of this host's workers."""
-    return set((layout.home / "images").glob("*.image"))
+    images = layout.home / "images"
+    return {path for model_id in model_ids for path in images.glob(f"{model_id}-*.image")}
 
 
-def wait_for_images(layout: Layout, known: set[Path], count: int) -> None:
-    """Until so many came beside the known ones. Raises SetupFailed."""
+def wait_for_images(layout: Layout, model_ids: Iterable[str]) -> None:
+    """Until each model has one. Raises SetupFailed."""
     deadline_s = time.monotonic() + IMAGES_LIMIT_S
-    while (made := len(images_of(layout) - known)) < count:
-        if time.monotonic() > deadline_s:
-            raise SetupFailed(f"{made} images instead of {count}: see 'make logs NAMES=workers'")
-        time.sleep(0.5)
+    for model_id in model_ids:
+        while not images_of(layout, [model_id]):
+            if time.monotonic() > deadline_s:
+                raise SetupFailed(f"no image of {model_id}: see 'make logs NAMES=workers'")
+            time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import structlog
 from services.worker.engine import EngineConfig
 from services.worker.engine.images.model_image import image_key
 from services.worker.image_choice import StoredImage, choose_removals
+from services.worker.model_files import content_id
+from shared.messages import WeightsRef
 
 log = structlog.get_logger()
 
@@ -58,8 +60,9 @@ class ImageStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._limit_bytes, self._config = folder, limit_bytes, config
 
-    def key(self, content: str) -> str:
-        return image_key(content, self._config)
+    def key(self, ref: WeightsRef, model_folder: Path) -> str:
+        """Names the revision's image under this config, and says whose it is. Raises `ModelUnavailable`."""
+        return f"{ref.model_id}-{ref.revision}-{image_key(content_id(ref, model_folder), self._config)}"
 
     def has(self, key: str) -> bool:
         return self._path(key).exists()

@@ -23,7 +23,7 @@ from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
 from services.worker.image_maker import Asked, ImageMaker
 from services.worker.image_store import HeldImage, ImageStore
-from services.worker.model_files import ModelUnavailable, content_id, read_manifest, verify_files
+from services.worker.model_files import ModelUnavailable, read_manifest, verify_files
 from services.worker.pull_snapshot import ModelKey
 from shared.messages import ModelRef, WeightsRef
 
@@ -52,7 +52,7 @@ class ModelLoads:
         folder = self._folder(ref)
         if self._images is None or _base(ref) is not None:
             return await self._load_folder(ref, folder)
-        key = self._images.key(content_id(ref, folder))
+        key = self._images.key(ref, folder)
         image = self._images.hold(key)
         if image is not None:
             # Another worker that makes room may remove it before our lock is on it: then it is gone by its name.
@@ -86,7 +86,7 @@ class ModelLoads:
                 continue
             try:
                 folder = self._folder(ref)
-                key = self._images.key(content_id(ref, folder))
+                key = self._images.key(ref, folder)
                 wanted.add(key)
                 if not self._images.has(key):
                     self._maker.ask(key, Asked(ref, folder, self.file_bytes(ref), is_loaded=False))

@@ -16,7 +16,6 @@ from services.worker.engine.images import image_file
 from services.worker.engine.images.convert import convert
 from services.worker.engine.native.build import load_library
 from services.worker.image_store import ImageStore
-from services.worker.model_files import content_id
 from shared import topology
 from shared.broker import Delivery
 from shared.messages import Alarm, GenerateJob, ModelDamaged, ModelRef, SamplingParams
@@ -88,7 +87,7 @@ def put(store: Path, model_id: str, revision: int, seed: int) -> ModelRef:
 def make_images(store: Path, folder: Path, refs: Sequence[ModelRef]) -> None:
     images = ImageStore(folder, 10**9, CONFIG)
     for ref in refs:
-        key = images.key(content_id(ref, store / ref.folder))
+        key = images.key(ref, store / ref.folder)
         convert(store / ref.folder, folder / f"{key}.image", key, CONFIG)
 
 
@@ -152,7 +151,7 @@ async def test_a_model_that_its_first_pass_finds_damaged_says_nothing_and_others
     sound, broken = put(store, "mod_a", 1, 1), put(store, "mod_b", 1, 2)
     expected = fresh_answer(store, sound)
     make_images(store, images, (sound, broken))
-    key = ImageStore(images, 10**9, CONFIG).key(content_id(broken, store / broken.folder))
+    key = ImageStore(images, 10**9, CONFIG).key(broken, store / broken.folder)
     alarms: list[ModelDamaged] = []
 
     async def keep(delivery: Delivery) -> Outcome:

@@ -49,12 +49,12 @@ def test_without_a_stack_the_user_is_told_what_to_do(tmp_path: Path) -> None:
     assert read_env(Layout(tmp_path)) == ("http://h:1", "k", "a")
 
 
-def test_only_new_images_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_these_models_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infra.local.demo_hotswap.IMAGES_LIMIT_S", 0.0)
     images = tmp_path / "images"
     images.mkdir()
-    (images / "old.image").touch()
-    (images / "new.image").touch()
-    wait_for_images(Layout(tmp_path), {images / "old.image"}, 1)
-    with pytest.raises(SetupFailed, match="1 images instead of 2"):
-        wait_for_images(Layout(tmp_path), {images / "old.image"}, 2)
+    for name in ("mod_0-1-aa", "mod_1-1-bb", "mod_1-2-cc"):
+        (images / f"{name}.image").touch()
+    wait_for_images(Layout(tmp_path), ["mod_1"])
+    with pytest.raises(SetupFailed, match="no image of mod_2"):
+        wait_for_images(Layout(tmp_path), ["mod_1", "mod_2"])

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from services.worker.engine import Engine, EngineConfig
 from services.worker.engine.images.image_file import open_image
 from services.worker.engine.native.build import load_library
 from services.worker.image_store import ImageNotMade, ImageStore
+from shared.messages import ModelRef
 from tests.unit.worker.store_builders import CONFIG, put_model
 
 pytestmark = pytest.mark.skipif(load_library().library is None, reason="images are of the C kernels")
+
+
+REF = ModelRef(model_id="mod_1", revision=1, name="team/model", folder="mod_1/1", signature="s")
 
 
 def put_image(folder: Path, key: str, size_bytes: int, age_s: float) -> Path:
@@ -30,7 +36,7 @@ def put_image(folder: Path, key: str, size_bytes: int, age_s: float) -> Path:
 async def test_a_child_makes_an_image_that_the_engine_takes(tmp_path: Path) -> None:
     model = put_model(tmp_path / "store", "mod_1/1")
     store = ImageStore(tmp_path / "images", 10**9, CONFIG)
-    key = store.key("content")
+    key = store.key(REF, model)
     assert store.hold(key) is None
     await store.make(key, model, 100_000)
     held = store.hold(key)
@@ -45,7 +51,7 @@ async def test_a_child_makes_an_image_that_the_engine_takes(tmp_path: Path) -> N
 async def test_two_stores_that_want_one_image_make_it_once(tmp_path: Path) -> None:
     model = put_model(tmp_path / "store", "mod_1/1")
     stores = [ImageStore(tmp_path / "images", 10**9, CONFIG) for _ in range(2)]
-    key = stores[0].key("content")
+    key = stores[0].key(REF, model)
     inodes = []
 
     async def make(store: ImageStore) -> None:
@@ -64,7 +70,7 @@ async def test_a_damaged_folder_gets_no_image_and_a_reason(tmp_path: Path) -> No
     weights.write_bytes(data)
     store = ImageStore(tmp_path / "images", 10**9, CONFIG)
     with pytest.raises(ImageNotMade, match=r"model\.safetensors differs"):
-        await store.make(store.key("content"), model, 100_000)
+        await store.make(store.key(REF, model), model, 100_000)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["make.lock"]
 
 
@@ -136,6 +142,17 @@ async def test_a_cancelled_make_leaves_no_child(tmp_path: Path) -> None:
 
 
 def test_another_precision_is_another_image(tmp_path: Path) -> None:
+    model = put_model(tmp_path / "store", "mod_1/1")
     one = ImageStore(tmp_path, 1, EngineConfig(precision="bf16"))
     other = ImageStore(tmp_path, 1, EngineConfig(precision="int8"))
-    assert one.key("content") != other.key("content")
+    assert one.key(REF, model) != other.key(REF, model)
+
+
+def test_the_name_says_whose_an_image_is(tmp_path: Path) -> None:
+    """Two teams' models of the same files have two."""
+    model = put_model(tmp_path / "store", "mod_1/1")
+    store = ImageStore(tmp_path, 1, CONFIG)
+    key = store.key(REF, model)
+    assert re.fullmatch("mod_1-1-[0-9a-f]{32}", key)
+    other = store.key(msgspec.structs.replace(REF, model_id="mod_2"), model)
+    assert other.rpartition("-")[2] != key.rpartition("-")[2]

@@ -19,7 +19,7 @@ from services.worker.engine.native.build import load_library
 from services.worker.engine_thread import EngineThread
 from services.worker.held import model_handle
 from services.worker.image_store import HeldImage, ImageStore
-from services.worker.model_files import ModelUnavailable, content_id
+from services.worker.model_files import ModelUnavailable
 from services.worker.model_loads import ModelLoads
 from services.worker.residency import Residency
 from shared.messages import ModelRef
@@ -155,7 +155,7 @@ async def test_a_model_whose_first_pass_finds_damage_goes_when_its_sequences_hav
     monkeypatch.setattr(image_file, "_CHUNK_BYTES", 4096)  # else all of so small a model is read at the load
     async with running(tmp_path) as bench:
         residency = Residency(bench.loads, "fp32")
-        key = bench.images.key(content_id(REF, bench.folder))
+        key = bench.images.key(REF, bench.folder)
         image = tmp_path / "images" / f"{key}.image"
         convert(bench.folder, image, key, CONFIG)
         await residency.load(REF)  # with its canary
