@@ -1,4 +1,4 @@
-"""With `teams_broker.py` the only importer of aio_pika: connect, declare, publish, consume.
+"""With `teams_broker.py` and `queue_client.py` the only importer of aio_pika: connect, declare, publish, consume.
 
 Three connections per process. Under a memory or disk alarm the broker stops reading from connections that publish, so
 consuming, durable publishing and transient publishing never share one. Durable publishes are persistent, mandatory,
@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -137,7 +137,8 @@ class Subscription:
         self.cancelled = True
         self._forget(self)
         try:
-            await self._queue.cancel(self._tag, timeout=PUBLISH_TIMEOUT_S)
+            with cancellation_kept():
+                await self._queue.cancel(self._tag, timeout=PUBLISH_TIMEOUT_S)
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.info("consumer_cancel_lost", queue=self._queue.name, error=type(error).__name__)
 
@@ -441,10 +442,15 @@ class Broker:
             headers=headers, message_type=raw.type, content_type=raw.content_type, delivery_mode=PERSISTENT
         )
         try:
-            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                await _publish(
-                    self._confirmed, Address("", topology.DEAD_QUEUE), raw.body, properties, mandatory=True
-                )
+            with cancellation_kept():
+                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                    await _publish(
+                        self._confirmed,
+                        Address("", topology.DEAD_QUEUE),
+                        raw.body,
+                        properties,
+                        mandatory=True,
+                    )
         except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
             log.error("message_not_buried", queue=queue, error=type(error).__name__)
             return False
@@ -456,13 +462,14 @@ async def connect(url: str, name: str, timeout_s: float) -> aio_pika.abc.Abstrac
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
-            return await aio_pika.connect_robust(
-                url,
-                timeout=5,
-                heartbeat=HEARTBEAT_S,
-                reconnect_interval=RECONNECT_INTERVAL_S,
-                client_properties={"connection_name": name},
-            )
+            with cancellation_kept():
+                return await aio_pika.connect_robust(
+                    url,
+                    timeout=5,
+                    heartbeat=HEARTBEAT_S,
+                    reconnect_interval=RECONNECT_INTERVAL_S,
+                    client_properties={"connection_name": name},
+                )
         except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
             if time.monotonic() > deadline_s:
                 raise Unavailable(f"cannot reach the broker: {type(error).__name__}: {error}") from error
@@ -480,8 +487,9 @@ async def publish_confirmed(
     key = address.key
     try:
         # The library's own time-out does not cover its wait for a connection.
-        async with asyncio.timeout(timeout_s):
-            await _publish(channel, address, body, properties, mandatory=True)
+        with cancellation_kept():
+            async with asyncio.timeout(timeout_s):
+                await _publish(channel, address, body, properties, mandatory=True)
     except TimeoutError as error:
         raise PublishUnknown(f"no confirm for {key} within {timeout_s} s") from error
     except PublishError as error:
@@ -520,6 +528,26 @@ async def _publish(
     )
 
 
+@contextmanager
+def cancellation_kept() -> Iterator[None]:
+    """Whatever the body ends with: if its task was cancelled meanwhile, it ends with that.
+
+    The library turns a cancellation that comes as a connection is lost into the loss. Who took that for a reason to try again
+    would go on for ever.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+
+
 @asynccontextmanager
 async def in_time(failing: str) -> AsyncIterator[None]:
     """Bound the body, and turn what means that the broker is away into `Unavailable`.
@@ -527,8 +555,9 @@ async def in_time(failing: str) -> AsyncIterator[None]:
     The library's own time-outs cover the answer only: it waits without end for a connection and for new channels.
     """
     try:
-        async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-            yield
+        with cancellation_kept():
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                yield
     except ChannelPreconditionFailed:
         raise  # other arguments: the next try would end the same way, so it must not look like an absence
     except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
@@ -537,15 +566,18 @@ async def in_time(failing: str) -> AsyncIterator[None]:
 
 async def close_channel(channel: aio_pika.abc.AbstractChannel) -> None:
     try:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await channel.close()
+        with cancellation_kept():
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await channel.close()
     except (TimeoutError, ChannelInvalidStateError, *CONNECTION_EXCEPTIONS) as error:
         log.info("channel_close_lost", error=type(error).__name__)
 
 
 async def close_quietly(connection: aio_pika.abc.AbstractRobustConnection) -> None:
     try:
-        await asyncio.wait_for(connection.close(), 5.0)
+        with cancellation_kept():
+            async with asyncio.timeout(5.0):
+                await connection.close()
     except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
         log.info("broker_close_failed", error=type(error).__name__)
 

@@ -100,8 +100,8 @@ async def _main(loaded: S, serve: Callable[[S, Lifetime], Awaitable[None]]) -> N
 
 
 async def _cancel_all(group: asyncio.TaskGroup) -> None:
-    """Cancel what still runs, again and again: a cancellation that comes as a `wait_for` ends can be lost in Python 3.11, and
-    the service would never stop."""
+    """Cancel what still runs, again and again: a library may lose a cancellation (a `wait_for` of Python 3.11 that ends at
+    that moment does), and the service would never stop."""
     while tasks := group._tasks.copy():
         for task in tasks:
             task.cancel()

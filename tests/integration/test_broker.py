@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -536,6 +538,30 @@ async def test_a_broker_that_went_away_is_noticed_at_once_and_found_again(
         await far_broker.publish(QUEUE, cancel(4))
         await far_broker.send(QUEUE, cancel(5))
         await until(lambda: len(handler.taken) == 3)
+
+
+async def test_who_is_cancelled_as_the_connection_is_lost_ends(vhost: Vhost) -> None:
+    """The client library makes the one of the other, for half of those that wait for an answer."""
+
+    async def ask(broker: Broker) -> None:
+        while not given_up:
+            await asyncio.sleep(0)
+            with contextlib.suppress(Unavailable):
+                await broker.consumers(QUEUE.name)
+
+    for _ in range(5):
+        given_up = False
+        async with TcpProxy.before(vhost.amqp_url) as proxy, AsyncExitStack() as stack:
+            broker = await Broker.open(proxy.url(vhost.amqp_url), "test", stack)
+            tasks = [asyncio.create_task(ask(broker)) for _ in range(20)]
+            await asyncio.sleep(0.05)
+            proxy.reset()
+            await asyncio.sleep(random.uniform(0, 0.002))
+            for task in tasks:
+                task.cancel()
+            _, left = await asyncio.wait(tasks, timeout=10)
+            given_up = True
+            assert not left, f"{len(left)} of {len(tasks)} go on"
 
 
 async def test_a_subscription_that_nobody_holds_on_to_is_back_with_the_broker(
