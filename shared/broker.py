@@ -166,6 +166,8 @@ class Broker:
         self._away = False
         self._open: set[Subscription] = set()
         """The client library knows its channels weakly: what nobody refers to while it is cut off is never restored."""
+        self._as_they_are: set[str] = set()
+        """Names of queues with other arguments than ours."""
         self._connected_since_s: float | None = time.monotonic()
 
     @classmethod
@@ -229,15 +231,42 @@ class Broker:
         log.info("broker_reconnected")
 
     async def declare(self, queues: Iterable[topology.Queue]) -> None:
-        """Declare queues and their bindings. Other arguments under the same name raise (406): never delete to mend."""
+        """Declare queues and their bindings. Other arguments under the same name raise (406): never delete to mend.
+
+        Only the dead-letter queue is taken as it is: its name stands in the arguments of others, so that it has no other version.
+        """
         for queue in queues:
+            if queue.name == topology.DEAD_QUEUE and await self._has_other_arguments(queue):
+                self._as_they_are.add(queue.name)
+                log.warning(
+                    "queue_has_other_arguments",
+                    queue=queue.name,
+                    action="stop all services, delete it while it is empty, and start them again",
+                )
             await self._declare_on(self._declaring, queue)
+
+    async def _has_other_arguments(self, queue: topology.Queue) -> bool:
+        """Of a queue that is there. On a channel of its own, which the broker closes if so."""
+        async with AsyncExitStack() as stack, in_time(f"cannot declare {queue.name}"):
+            channel = await self._publishing.channel()
+            stack.push_async_callback(close_channel, channel)
+            try:
+                arguments = dict(queue.arguments)
+                await channel.declare_queue(queue.name, durable=True, arguments=arguments, robust=False)
+            except ChannelPreconditionFailed:
+                return True
+        return False
 
     async def _declare_on(
         self, channel: aio_pika.abc.AbstractChannel, queue: topology.Queue
     ) -> aio_pika.abc.AbstractQueue:
         async with in_time(f"cannot declare {queue.name}"):
-            declared = await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+            declared = await channel.declare_queue(
+                queue.name,
+                durable=True,
+                arguments=dict(queue.arguments),
+                passive=queue.name in self._as_they_are,
+            )
             for key in queue.bindings:
                 await declared.bind(topology.EVENTS_EXCHANGE, key)
         return declared

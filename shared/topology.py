@@ -17,6 +17,9 @@ POOL_SHARDS = 8
 
 EVENTS_EXCHANGE = "events.v1"
 DEAD_QUEUE = "dead.v1"
+NO_DELIVERY_LIMIT = 1_000_000_000
+"""None, in effect. Unsaid 4.x has one of 20, and 3.10 takes -1, which is none in 4.x, for none at all: it drops what comes back
+once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,12 @@ ALARMS = _quorum(
     max_bytes=64 * 1024 * 1024,
     bindings=("worker.model_damaged.v1",),
 )
-# A dead-letter queue has no dead-letter route, so the default limit of 4.x would drop from it: -1 switches it off.
+# A dead-letter queue has no dead-letter route, so a limit would drop from it.
 DEAD = Queue(
     DEAD_QUEUE,
     {
         "x-queue-type": "quorum",
-        "x-delivery-limit": -1,
+        "x-delivery-limit": NO_DELIVERY_LIMIT,
         "x-max-length": 100_000,
         "x-overflow": "reject-publish",
     },
@@ -154,9 +157,6 @@ TEAMS_VHOST = "roundhouse-teams"
 """Its usual name; a broker that several installations share needs others."""
 TEAM_TAG = re.compile(r"[0-9a-f]{24}")
 TEAM_REFUSALS_TTL_MS = 24 * 3600 * 1000
-TEAM_DELIVERY_LIMIT = 1_000_000_000
-"""None, in effect: a client may die with its answers again and again. Without a limit 4.x has one of 20, and 3.10 takes -1
-for none at all: it drops what comes back once."""
 TEAM_MAX_CONNECTIONS = 8
 TEAM_MAX_CHANNELS = 32
 """Of one user, over all its connections."""
@@ -221,7 +221,7 @@ class TeamNames:
         arguments: dict[str, str | int] = {
             "x-queue-type": "quorum",
             "x-overflow": "reject-publish",
-            "x-delivery-limit": TEAM_DELIVERY_LIMIT,
+            "x-delivery-limit": NO_DELIVERY_LIMIT,  # a client may die with its answers again and again
             "x-max-length": 100_000,
             "x-max-length-bytes": 256 * 1024 * 1024,
         }

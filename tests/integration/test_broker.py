@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import aio_pika
 import pytest
+from aio_pika.exceptions import ChannelPreconditionFailed
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -244,6 +246,38 @@ async def test_rejected_goes_to_the_dead_letter_queue_with_the_reason(broker: Br
     assert dead.headers["x-dead-reason"] == "no such model"
     assert dead.headers["x-dead-from"] == QUEUE.name
     assert await left(broker) == 0
+
+
+async def test_a_dead_letter_whose_reader_dies_is_there_for_the_next(broker: Broker, vhost: Vhost) -> None:
+    async with serving(vhost, Recorder(Rejected("no such model"))):
+        await broker.publish(QUEUE, cancel(1))
+        while not await broker.depth(topology.DEAD):
+            await asyncio.sleep(0.01)
+    for _ in range(3):
+        read: list[Delivery] = []
+        async with AsyncExitStack() as stack:
+            reader = await Broker.open(vhost.amqp_url, "reader", stack)
+            await reader.subscribe(topology.DEAD, None, read.append, prefetch=1)
+            await until(read.copy)
+    assert (await take(broker, topology.DEAD)).message == encode(cancel(1))
+
+
+async def test_a_dead_letter_queue_with_other_arguments_is_used_as_it_is(vhost: Vhost) -> None:
+    """Its name stands in those of the other queues, so that it cannot have another one."""
+    async with await aio_pika.connect(vhost.amqp_url) as connection:
+        arguments: dict[str, Any] = {**topology.DEAD.arguments, "x-delivery-limit": 7}
+        await (await connection.channel()).declare_queue(
+            topology.DEAD_QUEUE, durable=True, arguments=arguments
+        )
+    async with AsyncExitStack() as stack, serving(vhost, Recorder(Rejected("no such model"))):
+        broker = await Broker.open(vhost.amqp_url, "test", stack)
+        await broker.declare([QUEUE])
+        await broker.publish(QUEUE, cancel(1))
+        assert (await take(broker, topology.DEAD)).message == encode(cancel(1))
+        with pytest.raises(ChannelPreconditionFailed):
+            await broker.declare(
+                [dataclasses.replace(QUEUE, arguments={**QUEUE.arguments, "x-max-length": 5})]
+            )
 
 
 async def test_a_bug_in_a_handler_buries_the_message_and_the_service_goes_on(
