@@ -1,7 +1,7 @@
 """A host's folder of model images: made by a child process, shared by all workers of the host, bounded.
 
-`<key>.image` is an image; whoever uses one holds a shared lock on it, so that no other process removes it meanwhile. One
-image is made at a time on a host, by whoever holds `make.lock`.
+`<key>.image` is an image, and its key begins with the model's id and revision. Whoever uses one holds a shared lock on it,
+so that no other process removes it meanwhile. One image is made at a time on a host, by whoever holds `make.lock`.
 """
 
 from __future__ import annotations
