@@ -267,7 +267,8 @@ async def test_minutes_pass_a_cap_by_no_more_than_was_begun_between_two_rounds(
         )
         # Given two GPUs at 60 USD an hour, and 7 USD for both
         minute_nanousd, limit_nanousd, places = USD, 7 * USD, 2
-        started = datetime.now(UTC) - timedelta(minutes=10)
+        # All of it in one hour, whatever the time: minutes are begun anew in each
+        started = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
         for place in range(places):
             await insert_interval(stand.admin, f"inc_{place}", started, started, place=place)
         await stand.admin.execute("UPDATE scheduler.resources SET wanted = 'on'")
