@@ -19,7 +19,6 @@ from infra.local.scratch import execute
 from loadtest.stack import MODEL_TYPE, Stack, running_stack
 from tests.conftest import ROOT, Servers
 
-MONTH = f"{datetime.now(UTC):%Y-%m}"
 LATER = "2099-01-01T00:00:00Z"
 
 
@@ -88,16 +87,17 @@ def test_credit_is_granted_once_and_opens_in_the_statement(team: Command, platfo
     [deposit] = team.json("billing", "deposits")
     assert (deposit["kind"], deposit["amount_nanousd"]) == ("credit", 20_500_000_000)
     assert "a gift" in team.text("billing", "deposits")
-    bill = team.json("billing", "statement", MONTH)
+    month = f"{datetime.now(UTC):%Y-%m}"
+    bill = team.json("billing", "statement", month)
     assert (bill["received_usd"], bill["total_nanousd"]) == ("20.50", -20_500_000_000)
     [line] = bill["lines"]
-    shown = team.text("billing", "statement", MONTH)
+    shown = team.text("billing", "statement", month)
     assert line["line_id"] in shown and "-20.50 USD, so far" in shown
-    row, *_totals = csv.DictReader(io.StringIO(team.text("billing", "statement", MONTH, "--csv")))
+    row, *_totals = csv.DictReader(io.StringIO(team.text("billing", "statement", month, "--csv")))
     assert (row["line_id"], row["amount_nanousd"]) == (line["line_id"], "-20500000000")
-    [behind] = team.json("billing", "line", MONTH, line["line_id"])
+    [behind] = team.json("billing", "line", month, line["line_id"])
     assert behind["transaction_id"] == deposit["transaction_id"]
-    assert "-20.50" in team.text("billing", "line", MONTH, line["line_id"])
+    assert "-20.50" in team.text("billing", "line", month, line["line_id"])
 
 
 def test_a_budget_is_made_changed_alerted_and_removed(stack: Stack, team: Command) -> None:
@@ -170,7 +170,7 @@ def test_prices_and_rates_are_versions_that_can_be_withdrawn(
         (("budgets", "change", "bud_" + "0" * 32, "--limit", "1.00"), "not_found"),
         (("budgets", "delete", "bud_" + "0" * 32), "not_found"),
         (("billing", "statement", "2026-13"), "month"),
-        (("billing", "line", MONTH, "minutes:x"), "not_found"),
+        (("billing", "line", "2026-11", "minutes:x"), "not_found"),
         (("billing", "top-up", "5.00"), "payments_off"),
         (("billing", "top-up", "5.00"), "--once "),
         (("billing", "credit", "5.00", "--reason", "mine"), "insufficient_scope"),
