@@ -31,7 +31,7 @@ from tests.e2e.test_money_and_traces import wait_for
 
 pytestmark = pytest.mark.timeout(300)
 
-MAX_TOKENS = 12
+MAX_TOKENS = 20
 """Less than `loadtest.chaos` asks for: what has to be over in time here is what a kill costs, not how long a busy machine
 takes to generate the answers once more."""
 
@@ -63,7 +63,7 @@ def test_a_stream_survives_its_worker_and_equals_an_unkilled_run(system: System)
 
 @pytest.mark.parametrize("victim", VICTIMS)
 async def test_fifty_requests_end_and_new_ones_succeed_when_it_is_killed(chaos: Chaos, victim: str) -> None:
-    seen = await chaos.kill_under_load(victim, kill_after_s=1.0)
+    seen = await chaos.kill_under_load(victim, kill_after_s=0.5)
     assert seen.answered + seen.errors + seen.cut == 50
     assert seen.wrong_texts == 0
     assert seen.slowest_end_s < END_LIMIT_S
@@ -76,7 +76,7 @@ async def test_fifty_requests_end_and_new_ones_succeed_when_it_is_killed(chaos: 
 async def test_fifty_requests_end_and_new_ones_succeed_when_a_server_is_killed(
     chaos: Chaos, victim: str
 ) -> None:
-    seen = await chaos.kill_under_load(victim, kill_after_s=1.0)
+    seen = await chaos.kill_under_load(victim, kill_after_s=0.5)
     assert (seen.answered + seen.errors + seen.cut, seen.wrong_texts) == (50, 0), seen
     assert seen.slowest_end_s < END_LIMIT_S, seen
     # A broker needs some ten seconds on two cores to be back, and its clients some more.
@@ -123,7 +123,7 @@ async def test_what_clients_saw_on_shared_gpus_is_what_they_paid(system: System)
         )
         # When those are killed who deliver, count or book
         for victim in ("gateway", "worker", "billing"):
-            seen = await chaos.kill_under_load(victim, kill_after_s=1.0)
+            seen = await chaos.kill_under_load(victim, kill_after_s=0.5)
             assert (seen.answered + seen.errors + seen.cut, seen.wrong_texts) == (50, 0), seen
             assert max(seen.slowest_end_s, seen.recovered_s) < END_LIMIT_S, seen
         # Then each request was paid once, by what its client had of it.
